@@ -1,0 +1,133 @@
+"""One helper that runs a script as its users do, and one fixture that makes a small set of images."""
+
+import contextlib
+import csv
+import importlib.util
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+TRAINER, EVALUATOR, MAKER = "train_deepfake_detector.py", "evaluate_deepfake_model.py", "data/make_spectrograms.py"
+QUICK = {"IMAGE_SIZE": 32, "EPOCHS": 1, "BATCH_SIZE": 8, "WORKERS": 0, "PRETRAINED": None, "VAL_FRACTION": 0.25}
+
+
+class Outcome(NamedTuple):
+    """What a script left."""
+
+    status: int
+    out: str
+    err: str
+
+
+def copy_script(folder: Path, script: str, **constants: object) -> Path:
+    """Copy a script into a folder and edit its constants there, as a user would."""
+    text = (ROOT / script).read_text(encoding="utf-8")
+    for name, value in constants.items():
+        text, count = re.subn(rf"^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", text, flags=re.MULTILINE)
+        assert count == 1, f"{script} has {count} lines '{name} = '"
+    text = re.sub(r"= (Posix|Windows)Path\(", "= Path(", text)
+    target = folder / Path(script).name
+    target.write_text(text, encoding="utf-8")
+    return target
+
+
+def run_process(folder: Path, script: str, env: dict = None, cwd: Path = None, **constants: object) -> Outcome:
+    """Run an edited copy of a script as its users do: as a process of its own, from `cwd` or its own folder."""
+    target = copy_script(folder, script, **constants)
+    environment = {**os.environ, "TORCH_HOME": str(folder / "torch_home"), **(env or {})}
+    command = [sys.executable, str(target)]
+    done = subprocess.run(command, cwd=cwd or folder, env=environment, capture_output=True, text=True, timeout=600)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def run(folder: Path, script: str, **constants: object) -> Outcome:
+    """Run an edited copy of a script in this process: the same, but without seconds of imports."""
+    spec = importlib.util.spec_from_file_location("edited_copy", copy_script(folder, script, **constants))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["edited_copy"] = module  # NamedTuple and pickle look their module up
+    out, err = io.StringIO(), io.StringIO()
+    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = [str(folder / script)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            spec.loader.exec_module(module)
+            status = module.run_script()
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def make_image(path: Path, seed: int, fake: bool, size: int = 40) -> None:
+    """Write noise with a bright line: high for fakes, low for originals."""
+    pixels = np.random.default_rng(seed).integers(0, 120, (size, size, 3), dtype=np.uint8)
+    row = size // 4 if fake else 3 * size // 4
+    pixels[row : row + size // 10 + 1] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def write_csv(path: Path, rows: list) -> None:
+    """Write a CSV, header first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def read_csv(path: Path) -> list:
+    """Read a CSV as a list of dicts of text."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def make_project(folder: Path, recordings: int = 16) -> Path:
+    """Make a data folder of two images per recording, and a test CSV that lists the first two recordings of a class."""
+    rows = [["img_path", "actual_output"]]
+    for kind in ("deepfake", "original"):
+        for number in range(recordings):
+            for part in (1, 2):
+                name = f"{kind}/combined/{kind[0]}{number}__clean_{part}.png"
+                make_image(folder / "data" / name, seed=zlib.crc32(name.encode()), fake=kind == "deepfake")
+                if number < 2:
+                    rows.append([name, kind.capitalize()])
+    write_csv(folder / "test_data" / "test.csv", rows)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with data/ and test_data/ as users keep them."""
+    return make_project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which the trainer has run for long enough to tell the two classes apart."""
+    folder = make_project(tmp_path_factory.mktemp("trained"))
+    outcome = run(folder, TRAINER, **{**QUICK, "EPOCHS": 8})
+    assert outcome.status == 0, outcome.err
+    (folder / "train_output.txt").write_text(outcome.out, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def judged(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained project's evaluation side: checkpoint, CSV and images, without the trainer."""
+    shutil.copytree(trained / "data", tmp_path / "data")
+    shutil.copytree(trained / "test_data", tmp_path / "test_data")
+    shutil.copytree(trained / "models", tmp_path / "models")
+    return tmp_path

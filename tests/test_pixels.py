@@ -1,0 +1,109 @@
+"""Decoding: every mode and size of image reaches the network as the pixels that people see."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from conftest import EVALUATOR, QUICK, TRAINER, make_project, read_csv, run, write_csv
+from PIL import Image
+
+import evaluate_deepfake_model as evaluator
+import train_deepfake_detector as trainer
+
+RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
+COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=2)
+
+
+def save_in_mode(mode, path):
+    """Save the ramp in a mode; return the RGB that is expected, uint8 (64, 64, 3)."""
+    grey = np.repeat(RAMP[:, :, None], 3, axis=2)
+    if mode == "1":
+        Image.fromarray(RAMP > 127).save(path)
+        return np.where(grey > 127, 255, 0)
+    if mode == "I;16":
+        Image.fromarray(RAMP.astype(np.uint16) * 257).save(path)
+        return grey
+    if mode in ("L", "LA"):
+        Image.fromarray(RAMP).convert(mode).save(path)
+        return grey
+    if mode == "P":
+        image = Image.fromarray(RAMP, "P")
+        image.putpalette([value for level in range(256) for value in (level, 255 - level, 0)])
+        image.save(path)
+        return np.stack([RAMP, 255 - RAMP, RAMP * 0], axis=2)
+    Image.fromarray(COLOUR).convert(mode).save(path, **({"quality": 100} if mode == "CMYK" else {}))
+    return COLOUR
+
+
+MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"]
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_gives_the_expected_pixels(mode, tmp_path):
+    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
+    expected = save_in_mode(mode, path).astype(int)
+    with Image.open(path) as image:
+        assert image.mode == mode or (mode, image.mode) == ("I;16", "I")
+    pixels = trainer.read_image(str(path), 64)
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 64, 64))
+    tolerance = 4 if mode == "CMYK" else 0
+    assert np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - expected).max() <= tolerance
+
+
+def test_big_sixteen_bit_values_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 257, 32896, 65535]] * 4, np.uint16)).save(tmp_path / "a.png")
+    assert trainer.read_image(str(tmp_path / "a.png"), 4)[0, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4000, 3000), (64, 7)])
+def test_every_size_is_resized(size, tmp_path):
+    Image.new("RGB", size, (10, 200, 90)).save(tmp_path / "a.png")
+    pixels = trainer.read_image(str(tmp_path / "a.png"), 48)
+    assert pixels.unique(dim=1).flatten().tolist()[:3] and pixels[:, 5, 7].tolist() == [10, 200, 90]
+    assert pixels.shape == (3, 48, 48)
+
+
+def test_floating_point_images_are_refused_with_a_reason(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="save it with 8 or 16 bits"):
+        trainer.read_image(str(tmp_path / "a.tif"), 8)
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+def test_all_modes_train_and_evaluate(tmp_path):
+    folder = make_project(tmp_path, recordings=6)
+    rows = [["img_path", "actual_output"]]
+    for number, mode in enumerate(MODES):
+        name = f"original/combined/m{number}__{'a.jpg' if mode == 'CMYK' else 'a.png'}"
+        save_in_mode(mode, folder / "data" / name)
+        rows.append([name, "Original"])
+    for number, size in enumerate([(1, 1), (4000, 3000)]):
+        name = f"deepfake/combined/s{number}__a.png"
+        Image.new("RGB", size, (10, 200, 90)).save(folder / "data" / name)
+        rows.append([name, "Deepfake"])
+    assert run(folder, TRAINER, **QUICK).status == 0
+    write_csv(folder / "test_data/test.csv", rows)
+    assert run(folder, EVALUATOR, WORKERS=0).status == 0
+    assert all(row["predicted_output"] for row in read_csv(folder / "test_data/test.csv"))
+
+
+@pytest.mark.parametrize("name", ["read_image", "parse_table", "resolve_image", "write_file", "choose_compute"])
+def test_what_both_scripts_must_do_alike_is_the_same_text(name):
+    assert inspect.getsource(getattr(trainer, name)) == inspect.getsource(getattr(evaluator, name))
+
+
+def test_bfloat16_check_is_the_same_text():
+    name = "has_bfloat16_instructions"
+    assert inspect.getsource(getattr(trainer, name)) == inspect.getsource(getattr(evaluator, name))
+
+
+def test_fingerprint_survives_saving_anew_and_tells_images_apart(tmp_path):
+    Image.fromarray(COLOUR).save(tmp_path / "a.png")
+    Image.fromarray(COLOUR).save(tmp_path / "b.bmp")
+    other = COLOUR.copy()
+    other[3, 5, 1] += 1
+    Image.fromarray(other).save(tmp_path / "c.png")
+    prints = [trainer.take_fingerprint(trainer.read_image(str(tmp_path / n), 64)) for n in ("a.png", "b.bmp", "c.png")]
+    assert prints[0] == prints[1] != prints[2]

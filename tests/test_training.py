@@ -1,0 +1,277 @@
+"""The trainer: what it uses, what it leaves out, what it writes."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, TRAINER, make_image, make_project, read_csv, run, write_csv
+from PIL import Image
+
+import train_deepfake_detector as trainer
+
+
+def train_indices(folder, csvs, pattern=trainer.RECORDING_PATTERN):
+    """Run the trainer's own choice of images; return the file names of both sides."""
+    settings = {
+        "IMAGE_SIZE": 32,
+        "WORKERS": 0,
+        "RECORDING_PATTERN": pattern,
+        "MAX_UNREADABLE": 0.1,
+        "VAL_FRACTION": 0.25,
+        "SEED": 0,
+    }
+    images = trainer.find_images(folder / "data", 32)
+    listed = trainer.list_holdout([folder / path for path in csvs], folder / "data")
+    chosen, _ = trainer.choose_images(images, listed, settings)
+    sides = trainer.split_images(images, chosen, settings)
+    return [[images.samples[i][0] for i in side.indices] for side in sides]
+
+
+def names(paths):
+    return {path.rpartition("/")[2] for path in paths}
+
+
+def test_run_writes_every_file_of_the_design(trained):
+    folder = trained / "models/experiments"
+    assert {path.name for path in folder.iterdir()} == {
+        "best_laundered_processed.pth",
+        "final_laundered_processed.pth",
+        "history.csv",
+        "learning_curves.png",
+    }
+    assert [row["epoch"] for row in read_csv(folder / "history.csv")] == [str(n) for n in range(1, 9)]
+    with Image.open(folder / "learning_curves.png") as image:
+        assert image.size == (1320, 480)
+
+
+def test_training_learns_the_difference(trained):
+    history = read_csv(trained / "models/experiments/history.csv")
+    assert max(float(row["val_auc"]) for row in history) >= 0.9
+
+
+def test_checkpoint_holds_plain_types_and_every_fact(trained):
+    best, final = (
+        torch.load(trained / f"models/experiments/{kind}_laundered_processed.pth", weights_only=True)
+        for kind in ("best", "final")
+    )
+    assert best["classes"] == ["Deepfake", "Original"]
+    assert (best["image_size"], best["recording_pattern"]) == (32, trainer.RECORDING_PATTERN)
+    assert (best["mean"], best["std"]) == (list(trainer.IMAGENET_MEAN), list(trainer.IMAGENET_STD))
+    assert best["initial_weights"] == "random (PRETRAINED = None)"
+    assert best["settings"]["LEARNING_RATE"] == 1e-3
+    assert {tensor.dtype for tensor in best["state_dict"].values()} == {torch.float32, torch.int64}
+    trainer.resnet18(num_classes=2).load_state_dict(best["state_dict"])
+    history = read_csv(trained / "models/experiments/history.csv")
+    losses = [float(row["val_loss"]) for row in history]
+    assert best["epoch"] == 1 + losses.index(min(losses))
+    assert best["metrics"]["val_loss"] == min(losses)
+    assert final["epoch"] == 8
+
+
+def test_nothing_listed_in_test_csv_is_used(project):
+    make_image(project / "data/original/new/o0__noise.png", 1, fake=False)  # another image of a listed recording
+    train, val = train_indices(project, ["test_data/test.csv"])
+    listed = {row["img_path"].rpartition("/")[2] for row in read_csv(project / "test_data/test.csv")}
+    recordings = {name.partition("__")[0] for name in listed}
+    used = names(train) | names(val)
+    assert len(used) == 2 * 14 * 2
+    assert not used & listed
+    assert not {name.partition("__")[0] for name in used} & recordings
+
+
+def test_copy_of_a_test_image_under_another_name_is_left_out(project, capsys):
+    source = project / "data/deepfake/combined/d0__clean_1.png"
+    with Image.open(source) as image:
+        image.save(project / "data/deepfake/combined/harmless.bmp")
+    shutil.copy(source, project / "data/original/combined/other__name.png")
+    train, val = train_indices(project, ["test_data/test.csv"])
+    assert not {"harmless.bmp", "other__name.png"} & (names(train) | names(val))
+    assert "2 copies of listed" in capsys.readouterr().out
+
+
+def test_held_out_image_outside_the_data_folder_counts(project, tmp_path):
+    outside = tmp_path / "elsewhere" / "secret.png"
+    outside.parent.mkdir()
+    shutil.copy(project / "data/deepfake/combined/d9__clean_1.png", outside)
+    write_csv(project / "more.csv", [["img_path"], [str(outside)]])
+    train, val = train_indices(project, ["more.csv"])
+    assert "d9__clean_1.png" not in names(train) | names(val)
+
+
+@pytest.mark.parametrize(
+    "cell", ["deepfake\\combined\\d5__clean_1.png", " deepfake/combined/../combined/d5__clean_1.png "]
+)
+def test_holdout_paths_are_understood_in_every_spelling(project, cell, capsys):
+    write_csv(project / "more.csv", [["img_path"], [cell]])
+    train_indices(project, ["more.csv"])
+    assert (
+        "Held out: 1 of 1 listed images, 0 copies of listed ones under other names, 1 other" in capsys.readouterr().out
+    )
+
+
+def test_missing_holdout_list_is_an_error_that_names_the_way_out(project):
+    outcome = run(project, TRAINER, **{**QUICK, "HOLDOUT_CSVS": ["test_data/tset.csv"]})
+    assert outcome.status == 2
+    assert "test_data/tset.csv" in outcome.err
+    assert "HOLDOUT_CSVS = []" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_recordings_and_identical_images_stay_on_one_side(project):
+    shutil.copy(project / "data/deepfake/combined/d5__clean_1.png", project / "data/deepfake/combined/d6__noise.png")
+    for seed in range(20):
+        recordings = [f"r{n // 3}" for n in range(60)] + ["extra"]
+        pixels = [*range(60), 0]  # the extra image shows the same as the first
+        groups = trainer.group_images(recordings, pixels)
+        in_val = trainer.split_by_recording(groups, np.array([n % 2 for n in range(61)]), 0.2, seed)
+        sides = {}
+        for name, side in zip(recordings, in_val):
+            assert sides.setdefault(name, side) == side
+        assert sides["extra"] == sides["r0"]
+        assert 8 <= in_val.sum() <= 16
+    train, val = train_indices(project, [])
+    assert names(train).isdisjoint(names(val))
+    assert {n.partition("__")[0] for n in names(train)}.isdisjoint({n.partition("__")[0] for n in names(val)})
+
+
+def test_split_is_stratified_by_class():
+    labels = np.array([0] * 900 + [1] * 100)
+    in_val = trainer.split_by_recording(np.arange(1000), labels, 0.2, 3)
+    assert in_val[labels == 0].sum() == 180
+    assert in_val[labels == 1].sum() == 20
+
+
+def test_few_large_recordings_still_split():
+    groups, labels = np.repeat(np.arange(6), 50), np.repeat([0, 0, 0, 1, 1, 1], 50)
+    in_val = trainer.split_by_recording(groups, labels, 0.1, 0)
+    assert [in_val[labels == c].sum() for c in (0, 1)] == [50, 50]
+
+
+def test_one_recording_per_class_is_refused():
+    with pytest.raises(ValueError, match="RECORDING_PATTERN"):
+        trainer.split_by_recording(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]), 0.2, 0)
+
+
+def test_unreadable_image_is_named_counted_and_left_out(project):
+    (project / "data/deepfake/combined/d9__clean_1.png").write_text("no picture")
+    outcome = run(project, TRAINER, **{**QUICK, "MAX_UNREADABLE": 0.1})
+    assert outcome.status == 1
+    assert "left out, unreadable: " in outcome.err
+    assert "d9__clean_1.png" in outcome.err
+    checkpoint = torch.load(project / "models/experiments/final_laundered_processed.pth", weights_only=True)
+    assert checkpoint["unreadable_images"] == 1
+
+
+def test_too_many_unreadable_images_stop_the_run(project):
+    (project / "data/deepfake/combined/d9__clean_1.png").write_bytes(b"")
+    outcome = run(project, TRAINER, **QUICK)
+    assert outcome.status == 2
+    assert "MAX_UNREADABLE = 0.01" in outcome.err
+    assert not list((project / "models/experiments").iterdir())
+
+
+def test_other_folders_hidden_files_and_non_images_are_passed_over(project, capsys):
+    make_image(project / "data/audio/x.png", 1, fake=True)
+    make_image(project / "data/deepfake/.hidden/x.png", 2, fake=True)
+    (project / "data/deepfake/combined/._d1.png").write_bytes(b"x")
+    (project / "data/deepfake/combined/notes.txt").write_text("x")
+    make_image(project / "data/deepfake/deep/er/y.png", 3, fake=True)
+    images = trainer.find_images(project / "data", 32)
+    output = capsys.readouterr().out
+    assert len(images) == 2 * 16 * 2 + 1
+    assert "passed over: audio" in output
+    assert "deepfake/deep/er" in output
+    assert images.class_to_idx == {"deepfake": 0, "original": 1}
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_class_folder_without_images_is_an_error(project, kind):
+    shutil.rmtree(project / "data/original")
+    if kind == "empty":
+        (project / "data/original/combined").mkdir(parents=True)
+    outcome = run(project, TRAINER, **QUICK)
+    assert outcome.status == 2
+    assert str(project / "data/original") in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"BATCH_SIZE": 0, "EPOCHS": "5", "VAL_FRACTION": 1.5},
+        {"RECORDING_PATTERN": "(", "IMAGE_SIZE": 8},
+        {"RECORDING_PATTERN": "no group", "PRECISION": "half"},
+        {"LEARNING_RATE": -1, "WORKERS": -1, "SEED": 1.5},
+    ],
+)
+def test_wrong_settings_are_all_named_at_once(project, constants):
+    outcome = run(project, TRAINER, **{**QUICK, **constants})
+    assert outcome.status == 2
+    assert len(outcome.err.splitlines()) == 1
+    for name, value in constants.items():
+        assert f"{name} = {value!r} (allowed: " in outcome.err
+
+
+def test_uneven_classes_weigh_the_same(project):
+    for number in range(4, 12):
+        for part in (1, 2):
+            (project / f"data/original/combined/o{number}__clean_{part}.png").unlink()
+    images = trainer.find_images(project / "data", 32)
+    loader = trainer.DataLoader(trainer.Subset(images, range(len(images))), 8)
+    settings = {"LABEL_SMOOTHING": 0, "LEARNING_RATE": 1e-3, "EPOCHS": 1, "WEIGHT_DECAY": 0}
+    compute = trainer.Compute(torch.device("cpu"), torch.float32)
+    loss = trainer.build_optimisation(trainer.resnet18(num_classes=2), loader, compute, settings).loss
+    assert loss.weight.tolist() == pytest.approx([48 / 64, 48 / 32])
+
+
+def test_loss_that_is_no_number_stops_the_run_and_says_what_to_try(project):
+    constants = {"LEARNING_RATE": 10, "WEIGHT_DECAY": 10, "EPOCHS": 30, "PRECISION": "float32"}
+    outcome = run(project, TRAINER, **{**QUICK, **constants})
+    assert outcome.status == 2
+    assert "lower LEARNING_RATE" in outcome.err
+
+
+def test_patience_ends_training(project):
+    outcome = run(project, TRAINER, **{**QUICK, "EPOCHS": 40, "PATIENCE": 1})
+    rows = read_csv(project / "models/experiments/history.csv")
+    assert outcome.status == 0
+    assert len(rows) < 40
+    assert "Stopped early" in outcome.out
+    assert float(rows[-1]["val_loss"]) >= float(rows[-2]["val_loss"])
+
+
+def test_augmentation_keeps_shape_range_and_axes():
+    draw = torch.Generator().manual_seed(0)
+    grey = torch.linspace(0, 1, 256)[:, None].repeat(1, 3)
+    images = torch.zeros(64, 3, 48, 48)
+    images[:, :, 10] = 1  # a line at one frequency stays at that frequency
+    changed = trainer.augment(images, grey, draw)
+    assert changed.shape == images.shape
+    assert changed.min() >= 0 and changed.max() <= 1
+    rows = changed.mean((0, 1, 3))
+    assert rows.argmax() == 10
+    assert not torch.equal(changed[0], changed[1])
+
+
+def test_augmentation_stays_on_the_colour_map():
+    from matplotlib import colormaps
+
+    magma = torch.tensor(colormaps["magma"](np.linspace(0, 1, 256))[:, :3], dtype=torch.float32)
+    levels = torch.randint(0, 256, (8, 48, 48), generator=torch.Generator().manual_seed(0))
+    images = magma[levels].permute(0, 3, 1, 2)
+    learnt = trainer.learn_colours([((image * 255).round().byte(), 0) for image in images])
+    changed = trainer.augment(images, learnt, torch.Generator().manual_seed(1)).permute(0, 2, 3, 1).reshape(-1, 3)
+    distance = torch.cdist(changed[::50], magma).min(1).values
+    assert distance.median() < 0.02
+    assert (distance < 0.1).float().mean() > 0.95
+
+
+def test_same_seed_gives_the_same_weights(project, tmp_path):
+    states = []
+    for name, workers in (("a", 0), ("b", 2)):
+        folder = make_project(tmp_path / name)
+        assert run(folder, TRAINER, **{**QUICK, "WORKERS": workers}).status == 0
+        path = folder / "models/experiments/final_laundered_processed.pth"
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

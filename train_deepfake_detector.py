@@ -1,0 +1,937 @@
+"""Train a ResNet-18 to tell deepfake from original speech by pictures of its spectrogram.
+
+    python train_deepfake_detector.py
+
+In:  images at any depth below DATA_DIR/deepfake/ and DATA_DIR/original/, all made in the same way
+     (data/make_spectrograms.py makes them from audio files).
+Out: the best checkpoint by validation loss and the final one, and beside the final one
+     history.csv (a row per epoch) and learning_curves.png.
+
+What HOLDOUT_CSVS list is kept out of training and validation, so that evaluate_deepfake_model.py
+can judge the result on it. Runs on CUDA where there is one, else on the CPU.
+The demo data takes about 8 minutes on two cores with bfloat16 instructions.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import http.client
+import io
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.models import ResNet18_Weights, resnet18
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------
+# Settings. Relative paths start at this script's folder.
+# Paths
+DATA_DIR = Path("data")  # holds the folders deepfake/ and original/
+HOLDOUT_CSVS = ["test_data/test.csv"]  # their img_path column (relative to DATA_DIR) is never trained on; []: none
+BEST_MODEL_PATH = Path("models/experiments/best_laundered_processed.pth")
+FINAL_MODEL_PATH = Path("models/experiments/final_laundered_processed.pth")
+# Data
+RECORDING_PATTERN = r"^(.+?)__"  # group 1 of it in a file's stem names the recording; no match: the whole stem
+IMAGE_SIZE = 128  # pixels, width and height that the network sees; 32 or more
+VAL_FRACTION = 0.12  # share of the images that validates; between 0 and 1
+MAX_UNREADABLE = 0.01  # share of the images that may be unreadable before the run stops; 0 to 1
+# Model
+PRETRAINED = "IMAGENET1K_V1"  # torchvision's ImageNet weights, the path of a .pth, or None: random weights
+# Training
+EPOCHS = 40
+BATCH_SIZE = 32  # images
+LEARNING_RATE = None  # peak of the schedule; None: 1e-3 from random weights, 3e-4 from pretrained ones
+WEIGHT_DECAY = 0.05  # AdamW
+LABEL_SMOOTHING = 0.05  # 0 to below 1
+PATIENCE = 15  # epochs without a lower validation loss after which training stops
+SEED = 0
+# System
+WORKERS = 2  # processes that read images; 0: the main process reads
+PRECISION = "auto"  # "auto": bfloat16 or float16 where the hardware gains by it; "float32"
+# ------------------------------------------------------------------------------------------------
+
+CLASSES = ("Deepfake", "Original")  # logit order; the folders bear these names in lower case
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # pytorch.org/vision/stable/models.html, ResNet18_Weights
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+DOWNLOAD_TIMEOUT_S = 30  # without a single byte; torch.hub itself would wait for ever
+CHECKPOINT_FORMAT = 1
+BRIGHTNESS_PER_DB = 1 / 70  # for augmentation: the demo images' scale, from -30 to +40 dB
+METRICS = ("train_loss", "val_loss", "val_balanced_accuracy", "val_auc")
+SETTINGS = (
+    *("DATA_DIR", "HOLDOUT_CSVS", "BEST_MODEL_PATH", "FINAL_MODEL_PATH", "RECORDING_PATTERN", "IMAGE_SIZE"),
+    *("VAL_FRACTION", "MAX_UNREADABLE", "PRETRAINED", "EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "WEIGHT_DECAY"),
+    *("LABEL_SMOOTHING", "PATIENCE", "SEED", "WORKERS", "PRECISION"),
+)
+
+
+class Compute(NamedTuple):
+    """Where the network computes, and in which number format."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+class Optimisation(NamedTuple):
+    """What turns a loss into a step; built together, once."""
+
+    loss: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+
+
+# ---- Images
+
+
+def read_image(path: str, size: int) -> torch.Tensor:
+    """Decode an image of any mode and resize it: uint8, shape (3, size, size), RGB.
+
+    Sixteen-bit grey is scaled to eight bits; an alpha channel is dropped, as torchvision's loader does.
+
+    Raises:
+        OSError, ValueError, SyntaxError and others of Pillow's: the file is no whole image.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError("there is no such file")
+    with Image.open(path) as image:
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no fixed range: save it with 8 or 16 bits")
+        if image.mode.startswith("I"):
+            grey = np.round(np.asarray(image, dtype=np.float64) / 257)
+            image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
+        image = image.convert("RGB")
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.BILINEAR)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def take_fingerprint(pixels: torch.Tensor) -> int:
+    """Hash decoded pixels to 64 bits, so that a copy saved anew under another name is recognised."""
+    digest = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def name_recording(path: str, pattern: str) -> str:
+    """Name the recording that an image belongs to, by the image's file name."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    match = re.search(pattern, stem)
+    return (match and match.group(1)) or stem
+
+
+def is_visible_image(path: str, root: str) -> bool:
+    """Tell whether a path below root has an image's suffix and neither it nor a folder above is hidden."""
+    parts = os.path.relpath(path, root).split(os.sep)
+    return path.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in parts)
+
+
+class SpectrogramFolder(ImageFolder):
+    """An ImageFolder whose classes are those in CLASSES, whatever else lies beside them."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = [name.lower() for name in CLASSES]
+        return names, {name: index for index, name in enumerate(names)}
+
+
+class ReadingPass(Dataset):
+    """Reads each path once; item i is (fingerprint, "") or (0, the reason why it cannot be read)."""
+
+    def __init__(self, paths: list[str], size: int) -> None:
+        self.paths, self.size = paths, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, str]:
+        try:
+            return take_fingerprint(read_image(self.paths[index], self.size)), ""
+        except Exception as error:  # Pillow's decoders raise many kinds; every one is reported by name
+            return 0, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def find_images(data_dir: Path, size: int) -> SpectrogramFolder:
+    """Index the images below the class folders, and print how many each folder holds.
+
+    Raises:
+        ValueError: a class folder is missing or empty.
+    """
+    for class_dir in (data_dir / name.lower() for name in CLASSES):
+        if not class_dir.is_dir():
+            raise ValueError(f"folder not found: {class_dir} (DATA_DIR must hold a folder for each class)")
+    folder = SpectrogramFolder(
+        str(data_dir),
+        loader=partial(read_image, size=size),
+        is_valid_file=partial(is_visible_image, root=str(data_dir)),
+        allow_empty=True,
+    )
+    for index, name in enumerate(folder.classes):
+        if index not in folder.targets:
+            raise ValueError(f"no image below {data_dir / name} (allowed: {' '.join(SUFFIXES)})")
+    others = {entry.name for entry in data_dir.iterdir() if entry.is_dir()} - set(folder.classes)
+    others = sorted(name for name in others if not name.startswith((".", "__")))
+    if others:
+        print(f"Warning: folders below {data_dir} that are no class are passed over: {', '.join(others)}")
+    print(f"Images below {data_dir}:")
+    counts = Counter(os.path.relpath(os.path.dirname(path), data_dir) for path, _ in folder.samples)
+    for name, count in sorted(counts.items()):
+        print(f"  {name:<38} {count:>9,}")
+    return folder
+
+
+def read_all_images(paths: list[str], size: int, workers: int) -> tuple[list[int], dict[str, str]]:
+    """Decode every image once, to know before training which are damaged and which are the same.
+
+    Returns:
+        A fingerprint for each path (0: unreadable), and {unreadable path: reason}.
+    """
+    loader = DataLoader(ReadingPass(paths, size), batch_size=None, num_workers=workers)
+    fingerprints, unreadable = [], {}
+    progress = tqdm(loader, "Reading images", len(paths), unit=" images", disable=None)
+    for path, (fingerprint, reason) in zip(paths, progress):
+        fingerprints.append(fingerprint)
+        if reason:
+            unreadable[path] = reason
+    return fingerprints, unreadable
+
+
+# ---- Hold-out and split
+
+
+def parse_table(content: bytes, path: Path) -> tuple[list[list[str]], str]:
+    """Parse a CSV as text: its rows, header first, and its delimiter (comma, semicolon or tab).
+
+    Raises:
+        ValueError: it is not UTF-8, or has no column img_path.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    csv.field_size_limit(2**31 - 1)
+    for delimiter in ",;\t":
+        try:
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+        except csv.Error as error:
+            raise ValueError(f"{path} is no CSV: {error}") from None
+        if rows and "img_path" in rows[0]:
+            return rows, delimiter
+    first_line = text[:100].splitlines()[:1]
+    raise ValueError(f"{path} has no column img_path; its first line: {first_line}")
+
+
+def resolve_image(base: Path, cell: str) -> str:
+    """Resolve an img_path: slashes of either kind, relative to base; an absolute path stays."""
+    return os.path.normpath(os.path.join(base, cell.strip().replace("\\", "/")))
+
+
+def list_holdout(csv_paths: list[Path], data_dir: Path) -> list[str]:
+    """List the images, as absolute paths, that the hold-out CSVs name.
+
+    Raises:
+        ValueError: a list is missing or unusable.
+    """
+    listed = []
+    for path in csv_paths:
+        if not path.is_file():
+            raise ValueError(
+                f"hold-out list not found: {path}; correct HOLDOUT_CSVS, or set HOLDOUT_CSVS = [] "
+                "to train on every image"
+            )
+        (header, *rows), _ = parse_table(path.read_bytes(), path)
+        column = header.index("img_path")
+        cells = (row[column] for row in rows if len(row) > column)
+        listed += [resolve_image(data_dir, cell) for cell in cells if cell.strip()]
+    return listed
+
+
+def leave_out_holdout(images: dict[str, int], held: dict[str, int], pattern: str) -> list[str]:
+    """Leave out what is listed for testing, copies of it under other names, and its recordings.
+
+    Args:
+        images: {path: fingerprint} of all images.
+        held: {path: fingerprint} of the listed ones (0: not there, or unreadable).
+        pattern: RECORDING_PATTERN.
+
+    Returns:
+        The paths of the images that may be used.
+    """
+    held_pixels = set(held.values()) - {0}
+    held_recordings = {name_recording(path, pattern) for path in held}
+    kept, counts = [], Counter()
+    for path, fingerprint in images.items():
+        if path in held:
+            counts["listed"] += 1
+        elif fingerprint in held_pixels:
+            counts["copies"] += 1
+        elif name_recording(path, pattern) in held_recordings:
+            counts["relatives"] += 1
+        else:
+            kept.append(path)
+    if held:
+        print(
+            f"Held out: {counts['listed']:,} of {len(held):,} listed images, {counts['copies']:,} copies of listed "
+            f"ones under other names, {counts['relatives']:,} other images of their recordings"
+        )
+    return kept
+
+
+def choose_images(folder: SpectrogramFolder, listed: list[str], settings: dict) -> tuple[dict[str, int], int]:
+    """Read every image once, and choose those that are readable and not held out.
+
+    Returns:
+        {path: fingerprint} of the chosen ones, and the number of unreadable ones.
+
+    Raises:
+        ValueError: more than MAX_UNREADABLE of the images cannot be read.
+    """
+    paths = dict(folder.samples)
+    elsewhere = [path for path in listed if path not in paths and os.path.isfile(path)]
+    to_read = [*paths, *elsewhere]
+    fingerprints, reasons = read_all_images(to_read, settings["IMAGE_SIZE"], settings["WORKERS"])
+    pixels = dict(zip(to_read, fingerprints))
+    held = {path: pixels.get(path, 0) for path in listed}
+    kept = leave_out_holdout({path: pixels[path] for path in paths}, held, settings["RECORDING_PATTERN"])
+
+    unreadable = [path for path in kept if path in reasons]
+    for path in unreadable:
+        print(f"left out, unreadable: {path}: {reasons[path]}", file=sys.stderr)
+    if len(unreadable) > settings["MAX_UNREADABLE"] * len(kept):
+        raise ValueError(
+            f"{len(unreadable)} of {len(kept)} images are unreadable, more than MAX_UNREADABLE = "
+            f"{settings['MAX_UNREADABLE']}; the first: {unreadable[0]}: {reasons[unreadable[0]]}"
+        )
+    return {path: pixels[path] for path in kept if path not in reasons}, len(unreadable)
+
+
+def group_images(recordings: list[str], fingerprints: list[int]) -> np.ndarray:
+    """Number the groups of images that must not be torn apart: one recording, or identical pixels.
+
+    Returns:
+        int array, shape (images,): the group of each image, from 0.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    recording_ids = {name: number for number, name in enumerate(dict.fromkeys(recordings))}
+    pixel_ids = {pixels: len(recording_ids) + n for n, pixels in enumerate(dict.fromkeys(fingerprints))}
+    nodes = [recording_ids[name] for name in recordings]
+    edges = (nodes, [pixel_ids[fingerprint] for fingerprint in fingerprints])
+    size = len(recording_ids) + len(pixel_ids)
+    graph = coo_matrix((np.ones(len(nodes), np.int8), edges), shape=(size, size))
+    return connected_components(graph, directed=False)[1][nodes]
+
+
+def split_by_recording(groups: np.ndarray, labels: np.ndarray, val_fraction: float, seed: int) -> np.ndarray:
+    """Draw whole groups for validation until each class has its share there.
+
+    Args:
+        groups: int, shape (images,), as `group_images` returns them; labels: class indices, same order.
+
+    Returns:
+        bool array, shape (images,): True for validation.
+
+    Raises:
+        ValueError: a class has no image on one of the sides.
+    """
+    counts = np.zeros((groups.max() + 1, len(CLASSES)), int)
+    np.add.at(counts, (groups, labels), 1)
+    missing = np.maximum(1, val_fraction * counts.sum(axis=0)).tolist()
+    in_val = np.zeros(len(counts), bool)
+    order = np.random.default_rng(seed).permutation(len(counts))
+    for group, sizes in zip(order.tolist(), counts[order].tolist()):
+        rest = [wanted - size for wanted, size in zip(missing, sizes)]
+        if sum(map(abs, rest)) < sum(map(abs, missing)):
+            in_val[group], missing = True, rest
+    for index in range(len(CLASSES)):  # few, large recordings: the smallest one has to do
+        if not counts[in_val, index].any():
+            candidates = np.flatnonzero(counts[:, index])
+            in_val[candidates[counts[candidates].sum(axis=1).argmin()]] = True
+    if not (counts[in_val].any(axis=0) & counts[~in_val].any(axis=0)).all():
+        raise ValueError(
+            "too few recordings to split: each class needs at least two (what stands before '__' in a "
+            "file's name is its recording; see RECORDING_PATTERN)"
+        )
+    return in_val[groups]
+
+
+def split_images(folder: SpectrogramFolder, chosen: dict[str, int], settings: dict) -> tuple[Subset, Subset]:
+    """Split the chosen images into training and validation, and print what each side holds.
+
+    Raises:
+        ValueError: a class has too few recordings.
+    """
+    indices = np.array([i for i, (path, _) in enumerate(folder.samples) if path in chosen])
+    labels = np.array([folder.targets[i] for i in indices])
+    recordings = [name_recording(path, settings["RECORDING_PATTERN"]) for path in chosen]
+    names = sorted(set(recordings))
+    print(f"Recordings are named like: {', '.join(names[:: max(1, len(names) // 3)][:3])}")
+    repeats = len(chosen) - len(set(chosen.values()))
+    if repeats:
+        print(f"Identical images: {repeats:,} show the same as another one; they are kept, on its side of the split")
+    groups = group_images(recordings, list(chosen.values()))
+    in_val = split_by_recording(groups, labels, settings["VAL_FRACTION"], settings["SEED"])
+    for side, mask in (("Training", ~in_val), ("Validation", in_val)):
+        counts = []
+        for index, name in enumerate(CLASSES):
+            members = np.flatnonzero(mask & (labels == index))
+            counts.append(f"{len(members):,} {name} images ({len({recordings[i] for i in members}):,} recordings)")
+        print(f"{side}: {', '.join(counts)}")
+    return Subset(folder, indices[~in_val].tolist()), Subset(folder, indices[in_val].tolist())
+
+
+# ---- Model
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Load a state_dict, or the one inside a checkpoint, without running any code that a file may hold.
+
+    Raises:
+        ValueError: the file cannot be read as such.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = content.get("state_dict", content)
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    except Exception as error:  # torch.load raises many kinds on damaged or foreign files
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} holds no weights that can be loaded ({reason})") from None
+
+
+@contextmanager
+def socket_timeout(seconds: float) -> Iterator[None]:
+    """Let every new connection fail after so many seconds without a byte."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def fetch_weights(url: str, timeout_s: float) -> dict[str, torch.Tensor]:
+    """Load torchvision's weights from its cache, or download them into it.
+
+    torch.hub checks the hash in a file's name only while downloading; here a cached file is checked too.
+
+    Raises:
+        OSError, RuntimeError, http.client.HTTPException: the download failed or arrived damaged.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    expected = cached.stem.rpartition("-")[2]
+    if cached.is_file():
+        if hashlib.sha256(cached.read_bytes()).hexdigest().startswith(expected):
+            return load_weights(cached)
+        print(f"Warning: {cached} is damaged; it is downloaded again")
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with socket_timeout(timeout_s):
+        torch.hub.download_url_to_file(url, str(cached), expected, progress=sys.stderr.isatty())
+    return load_weights(cached)
+
+
+def get_initial_weights(pretrained: Optional[str], here: Path) -> tuple[Optional[dict], str]:
+    """Get the weights to start from, and the words that describe them in the checkpoint.
+
+    Raises:
+        ValueError: `pretrained` is a path, and no ResNet-18 can be loaded from it.
+    """
+    if pretrained is None:
+        return None, "random (PRETRAINED = None)"
+    if pretrained not in ResNet18_Weights.__members__:
+        path = here / pretrained
+        if not path.is_file():
+            names = ", ".join(ResNet18_Weights.__members__)
+            raise ValueError(f"PRETRAINED: no file {path} (allowed: {names}, the path of a .pth, or None)")
+        return load_weights(path), f"file {path.name}"
+    try:
+        return fetch_weights(ResNet18_Weights[pretrained].url, DOWNLOAD_TIMEOUT_S), pretrained
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"WARNING: NO PRETRAINED WEIGHTS. {pretrained} could not be had ({reason}).")
+        print("WARNING: Training starts from RANDOM weights: expect more errors than with ImageNet's.")
+        return None, f"random ({pretrained} could not be had: {reason})"
+
+
+def build_model(initial: Optional[dict], compute: Compute) -> nn.Module:
+    """Build a ResNet-18 with a new two-class head.
+
+    Raises:
+        ValueError: the initial weights are not those of a ResNet-18.
+    """
+    model = resnet18(num_classes=len(CLASSES))
+    if initial is not None:
+        body = {name: tensor for name, tensor in initial.items() if not name.startswith("fc.")}
+        try:
+            missing, unexpected = model.load_state_dict(body, strict=False)
+        except RuntimeError as error:
+            missing, unexpected = [str(error).splitlines()[-1].strip()], []
+        if unexpected or set(missing) - {"fc.weight", "fc.bias"}:
+            raise ValueError(f"PRETRAINED: not a ResNet-18 ({(unexpected or missing)[0]})")
+    return model.to(compute.device, memory_format=torch.channels_last)
+
+
+def choose_compute(precision: str) -> Compute:
+    """Choose CUDA if it works, else the CPU, and the fastest number format that the hardware has."""
+    device, notes = torch.device("cpu"), "CUDA not available"
+    if torch.cuda.is_available():
+        try:
+            torch.zeros(1, device="cuda").add_(1).item()
+            device, notes = torch.device("cuda"), torch.cuda.get_device_name()
+        except RuntimeError as error:
+            notes = "CUDA is there but fails: " + str(error).splitlines()[0]
+    dtype = torch.float32
+    if precision == "auto" and device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    elif precision == "auto" and has_bfloat16_instructions():
+        dtype = torch.bfloat16
+    print(f"Device: {device.type} ({notes}), {str(dtype).removeprefix('torch.')}")
+    return Compute(device, dtype)
+
+
+def has_bfloat16_instructions() -> bool:
+    """Tell whether this CPU multiplies bfloat16 in hardware: elsewhere it would be slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False  # not Linux: nothing tells, and float32 is always right
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def scale_rate(step: int, steps: int) -> float:
+    """Return the share of the peak learning rate at a step: warm-up over a fifth, then cosine decay to 0."""
+    warm_up = max(1, steps // 5)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2 if step < steps else 0.0
+
+
+def build_optimisation(model: nn.Module, loader: DataLoader, compute: Compute, settings: dict) -> Optimisation:
+    """Build loss, optimizer and schedule: classes weighted equally; warm-up, then cosine decay, step by step."""
+    labels = torch.tensor([loader.dataset.dataset.targets[i] for i in loader.dataset.indices])
+    counts = torch.bincount(labels, minlength=len(CLASSES))
+    weights = (len(labels) / (len(CLASSES) * counts)).to(compute.device)
+    loss = nn.CrossEntropyLoss(weights, label_smoothing=settings["LABEL_SMOOTHING"])
+    rate, steps = settings["LEARNING_RATE"], len(loader) * settings["EPOCHS"]
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=settings["WEIGHT_DECAY"], fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(scale_rate, steps=steps))
+    scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype == torch.float16)
+    return Optimisation(loss, optimizer, schedule, scaler)
+
+
+# ---- One epoch
+
+
+def to_input(images: torch.Tensor) -> torch.Tensor:
+    """Normalise RGB in 0 to 1, shape (batch, 3, height, width), as ImageNet's were."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def to_brightness(images: torch.Tensor) -> torch.Tensor:
+    """Weigh RGB, shape (batch, 3, height, width), to brightness, (batch, height, width), as ITU-R BT.601 does."""
+    return torch.einsum("bchw,c->bhw", images, images.new_tensor([0.299, 0.587, 0.114]))
+
+
+def learn_colours(images: Dataset, sample: int = 64) -> torch.Tensor:
+    """Learn from a sample of images which colour stands for which brightness.
+
+    For grey images, and for colour maps that rise in brightness (magma, viridis), it is the colour map.
+
+    Returns:
+        float32, shape (256, 3), RGB in 0 to 1 for brightness 0 to 255.
+    """
+    chosen = np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int)
+    pixels = torch.stack([images[index][0] for index in chosen]).float() / 255
+    bins = (to_brightness(pixels) * 255).round().long().flatten()
+    colours = pixels.permute(0, 2, 3, 1).reshape(-1, 3)
+    count = torch.bincount(bins, minlength=256)
+    total = torch.zeros(256, 3).index_add_(0, bins, colours)
+    seen = torch.nonzero(count).flatten().numpy()
+    mean = (total[seen] / count[seen, None]).numpy()
+    return torch.tensor(np.stack([np.interp(np.arange(256), seen, band) for band in mean.T], axis=1)).float()
+
+
+def draw_curves_over_rows(shape: tuple[int, int], knots: int, draw: torch.Generator) -> torch.Tensor:
+    """Draw a smooth random curve over the rows of each image: shape (batch, rows, 1), deviation about 1."""
+    batch, rows = shape
+    values = torch.randn(batch, 1, knots, generator=draw, device=draw.device)
+    return nn.functional.interpolate(values, rows, mode="linear", align_corners=True)[:, 0, :, None]
+
+
+def augment(images: torch.Tensor, colours: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Change spectrograms as other rooms, channels and moments would: shift, noise floor, equaliser, masks.
+
+    The changes are made to the brightness, which stands for decibels, and carried over to the colours
+    by the images' own colour map. Nothing is turned over or rotated: the axes have a meaning.
+
+    Args:
+        images: float32, shape (batch, 3, height, width), RGB in 0 to 1.
+        colours: as `learn_colours` returns them, on the same device.
+
+    Returns:
+        The same shape.
+    """
+    batch, _, height, width = images.shape
+    rand = partial(torch.rand, generator=draw, device=images.device)
+    curve = partial(draw_curves_over_rows, (batch, height), draw=draw)
+
+    # Begin somewhere else in time, and go round
+    columns = (torch.arange(width, device=images.device) + (rand(batch, 1) * width).long()) % width
+    images = torch.gather(images, 3, columns[:, None, None].expand(-1, 3, height, -1))
+    before = to_brightness(images)
+
+    # A floor of noise of random level and colour in half of the images; each row keeps its mean, as after
+    # removal of the channel. Powers of Gaussian noise are exponentially distributed.
+    level = before / BRIGHTNESS_PER_DB
+    floor = (0.5 * rand(batch, 1, 1) - 0.05 + 0.06 * curve(4)) / BRIGHTNESS_PER_DB
+    noise = floor + 10 * torch.log10(torch.empty_like(before).exponential_(generator=draw).clamp_min(1e-6))
+    noisy = 10 * torch.log10(10 ** (level / 10) + 10 ** (noise / 10)) * BRIGHTNESS_PER_DB
+    noisy += before.mean(2, keepdim=True) - noisy.mean(2, keepdim=True)
+    after = torch.where(rand(batch, 1, 1) < 0.5, noisy, before)
+
+    # An equaliser and a tilt in half of them, a gain in all
+    equalised = after + 0.06 * curve(6) + 0.05 * curve(2)
+    after = torch.where(rand(batch, 1, 1) < 0.5, equalised, after) + 0.05 * curve(1)
+
+    # Two bands in time and two in frequency hidden behind the image's mean
+    mean = after.mean((1, 2), keepdim=True)
+    for axis, length in ((1, height), (2, width), (1, height), (2, width)):
+        size = 0.15 * length * rand(batch, 1)
+        start = rand(batch, 1) * (length - size)
+        place = torch.arange(length, device=images.device)
+        hidden = (place >= start) & (place < start + size) & (rand(batch, 1) < 0.7)
+        after = torch.where(hidden.unsqueeze(3 - axis), mean, after)
+
+    def paint(brightness: torch.Tensor) -> torch.Tensor:
+        return colours[(brightness.clamp(0, 1) * 255).round().long()].permute(0, 3, 1, 2)
+
+    return (images + paint(after) - paint(before)).clamp(0, 1)
+
+
+def train_one_epoch(
+    model: nn.Module, loader: DataLoader, optimisation: Optimisation, compute: Compute, change: Callable
+) -> float:
+    """Take one optimizer step per batch of images changed by `change`. Returns the mean loss."""
+    loss_fn, optimizer, schedule, scaler = optimisation
+    model.train()
+    total = torch.zeros((), device=compute.device)
+    for images, labels in tqdm(loader, "Training", leave=False, unit=" batches", disable=None):
+        images = images.to(compute.device, non_blocking=True).float().div_(255)
+        labels = labels.to(compute.device, non_blocking=True)
+        inputs = to_input(change(images))
+        with compute.autocast():
+            logits = model(inputs)
+        loss = loss_fn(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        total += loss.detach()
+    return total.item() / len(loader)
+
+
+@torch.inference_mode()
+def predict_logits(model: nn.Module, loader: DataLoader, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the logits of every image: float32 (images, classes), and the labels (images,), on the CPU."""
+    model.eval()
+    logits, labels = [], []
+    for images, batch_labels in loader:
+        with compute.autocast():
+            output = model(to_input(images.to(compute.device, non_blocking=True).float().div_(255)))
+        logits.append(output.float())
+        labels.append(batch_labels)
+    return torch.cat(logits).cpu(), torch.cat(labels)
+
+
+def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Measure validation: loss with classes weighted equally, balanced accuracy, area under the ROC curve.
+
+    Raises:
+        ValueError: a logit is not finite: training has gone astray.
+    """
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+    if not torch.isfinite(logits).all():
+        raise ValueError("training went astray (outputs not finite): lower LEARNING_RATE, or PRECISION = 'float32'")
+    weights = 1 / torch.bincount(labels, minlength=len(CLASSES))
+    loss = nn.functional.cross_entropy(logits, labels, weights.float())
+    margin = (logits[:, 1] - logits[:, 0]).numpy()
+    return {
+        "val_loss": loss.item(),
+        "val_balanced_accuracy": float(balanced_accuracy_score(labels, margin > 0)),
+        "val_auc": float(roc_auc_score(labels, margin)),
+    }
+
+
+# ---- Outputs
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole: after a crash at any moment the old content or the new one is there."""
+    path = Path(os.path.realpath(path))  # a symbolic link stays one
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, model: nn.Module, facts: dict) -> None:
+    """Save the weights and every fact that judging an image needs; plain types and tensors only."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save({"state_dict": state, **facts}, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def write_history(path: Path, history: list[dict]) -> None:
+    """Write a CSV with one row per epoch."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, history[0])
+    writer.writeheader()
+    writer.writerows(history)
+    write_file(path, buffer.getvalue().encode())
+
+
+def draw_curves(path: Path, history: list[dict]) -> None:
+    """Draw losses and validation measures over the epochs, the best epoch marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row["epoch"] for row in history]
+    best = min(history, key=lambda row: row["val_loss"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot(epochs, [row["train_loss"] for row in history], ".-", label="training (smoothed labels, augmented)")
+    left.plot(epochs, [row["val_loss"] for row in history], ".-", label="validation")
+    right.plot(epochs, [row["val_balanced_accuracy"] for row in history], ".-", label="balanced accuracy")
+    right.plot(epochs, [row["val_auc"] for row in history], ".-", label="area under the ROC curve")
+    left.set(title="Loss", ylabel="cross-entropy (nats)", ylim=(0, None))
+    right.set(title="Validation", ylabel="share", ylim=(None, 1.01))
+    for axes in (left, right):
+        axes.axvline(best["epoch"], color="grey", linestyle=":", label=f"best checkpoint (epoch {best['epoch']})")
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    pyplot.close(figure)
+    write_file(path, buffer.getvalue())
+
+
+# ---- Main
+
+
+def check_settings(settings: dict) -> None:
+    """Check all settings at once, before anything slow.
+
+    Raises:
+        ValueError: names every setting that cannot be used, its value and what is allowed.
+    """
+
+    def is_whole(value: object, low: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+    def is_between(value: object, low: float, high: float) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+    def has_group(pattern: object) -> bool:
+        try:
+            return re.compile(pattern).groups >= 1
+        except (re.error, TypeError):
+            return False
+
+    rules = {
+        "HOLDOUT_CSVS": (lambda v: isinstance(v, (list, tuple)), "a list of paths"),
+        "RECORDING_PATTERN": (has_group, "a regular expression with a group in parentheses"),
+        "IMAGE_SIZE": (lambda v: is_whole(v, 32), "a whole number of at least 32"),
+        "VAL_FRACTION": (lambda v: is_between(v, 1e-9, 1 - 1e-9), "a number between 0 and 1"),
+        "MAX_UNREADABLE": (lambda v: is_between(v, 0, 1), "a number from 0 to 1"),
+        "PRETRAINED": (lambda v: v is None or isinstance(v, (str, Path)), "'IMAGENET1K_V1', a path, or None"),
+        "EPOCHS": (lambda v: is_whole(v, 1), "a whole number of at least 1"),
+        "BATCH_SIZE": (lambda v: is_whole(v, 2), "a whole number of at least 2"),
+        "LEARNING_RATE": (lambda v: v is None or is_between(v, 1e-12, 10), "a number above 0, or None"),
+        "WEIGHT_DECAY": (lambda v: is_between(v, 0, 10), "a number from 0 to 10"),
+        "LABEL_SMOOTHING": (lambda v: is_between(v, 0, 0.999), "a number from 0 to below 1"),
+        "PATIENCE": (lambda v: is_whole(v, 1), "a whole number of at least 1"),
+        "SEED": (lambda v: is_whole(v, 0), "a whole number of at least 0"),
+        "WORKERS": (lambda v: is_whole(v, 0), "a whole number of at least 0"),
+        "PRECISION": (lambda v: v in ("auto", "float32"), "'auto' or 'float32'"),
+    }
+    wrong = [
+        f"{name} = {settings[name]!r} (allowed: {legal})"
+        for name, (is_legal, legal) in rules.items()
+        if not is_legal(settings[name])
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def build_loaders(train: Subset, val: Subset, settings: dict) -> tuple[DataLoader, DataLoader]:
+    """Build the training loader, shuffled anew in each epoch, and the validation loader."""
+    batch_size, workers = settings["BATCH_SIZE"], settings["WORKERS"]
+    common = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+    return (
+        DataLoader(
+            train,
+            batch_size,
+            shuffle=True,
+            generator=torch.Generator(),
+            drop_last=len(train) >= batch_size,  # a last batch of one image would upset batch normalisation
+            **common,
+        ),
+        DataLoader(val, 2 * batch_size, **common),
+    )
+
+
+def fit(model: nn.Module, loaders: tuple[DataLoader, DataLoader], compute: Compute, facts: dict, here: Path) -> dict:
+    """Train, validate and print a line per epoch; keep history and best checkpoint up to date.
+
+    Args:
+        facts: what every checkpoint holds beside weights, epoch and metrics.
+        here: the folder that relative paths start at.
+
+    Returns:
+        The best epoch's row of the history.
+    """
+    train_loader, val_loader = loaders
+    settings = facts["settings"]
+    best_path, final_path = here / settings["BEST_MODEL_PATH"], here / settings["FINAL_MODEL_PATH"]
+    change = partial(
+        augment, colours=learn_colours(train_loader.dataset).to(compute.device), draw=torch.Generator(compute.device)
+    )
+    optimisation = build_optimisation(model, train_loader, compute, settings)
+    history, best = [], None
+    for epoch in range(1, settings["EPOCHS"] + 1):
+        started = time.perf_counter()
+        for generator in (change.keywords["draw"], train_loader.generator):
+            generator.manual_seed(settings["SEED"] * 1_000_003 + epoch)
+        row = {"epoch": epoch, "learning_rate": optimisation.schedule.get_last_lr()[0]}
+        row["train_loss"] = train_one_epoch(model, train_loader, optimisation, compute, change)
+        row.update(measure(*predict_logits(model, val_loader, compute)))
+        row["seconds"] = time.perf_counter() - started
+        history.append(row)
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+        write_history(final_path.parent / "history.csv", history)
+        facts = {**facts, "epoch": epoch, "metrics": {name: row[name] for name in METRICS}}
+        if best is None or row["val_loss"] < best["val_loss"]:
+            best = row
+            save_checkpoint(best_path, model, facts)
+        elif epoch - best["epoch"] >= settings["PATIENCE"]:
+            print(f"Stopped early: no lower validation loss in {settings['PATIENCE']} epochs")
+            break
+    save_checkpoint(final_path, model, facts)
+    draw_curves(final_path.parent / "learning_curves.png", history)
+    return best
+
+
+def main() -> int:
+    """Train on the images below DATA_DIR. Returns the exit status: 0, or 1 if an image was left out."""
+    here = Path(__file__).resolve().parent
+    settings = {name: globals()[name] for name in SETTINGS}
+    check_settings(settings)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    data_dir = here / DATA_DIR
+    for path in (BEST_MODEL_PATH, FINAL_MODEL_PATH):
+        (here / path).parent.mkdir(parents=True, exist_ok=True)
+    compute = choose_compute(PRECISION)
+    listed = list_holdout([here / path for path in HOLDOUT_CSVS], data_dir)
+    folder = find_images(data_dir, IMAGE_SIZE)
+    initial, start = get_initial_weights(PRETRAINED, here)
+    settings["LEARNING_RATE"] = LEARNING_RATE or (1e-3 if initial is None else 3e-4)
+    torch.manual_seed(SEED)
+    model = build_model(initial, compute)
+
+    chosen, unreadable = choose_images(folder, listed, settings)
+    loaders = build_loaders(*split_images(folder, chosen, settings), settings)
+    facts = {
+        "format": CHECKPOINT_FORMAT,
+        "classes": list(CLASSES),
+        "image_size": IMAGE_SIZE,
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "calibration": {"scale": 1.0, "offset": 0.0},
+        "initial_weights": start,
+        "recording_pattern": RECORDING_PATTERN,
+        "unreadable_images": unreadable,
+        "settings": settings,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__),
+        },
+    }
+    print(f"Start: {start}; learning rate {settings['LEARNING_RATE']:g}, at most {EPOCHS} epochs")
+    best = fit(model, loaders, compute, facts, here)
+    if initial is None and PRETRAINED is not None:
+        print(f"WARNING: this model started from random weights: {start}")
+    print(f"Best epoch {best['epoch']}: validation loss {best['val_loss']:.4f}, AUC {best['val_auc']:.4f}")
+    print(f"Best checkpoint   {BEST_MODEL_PATH}")
+    print(f"Final checkpoint  {FINAL_MODEL_PATH}")
+    print("And beside it     history.csv, learning_curves.png")
+    return 1 if unreadable else 0
+
+
+def run_script() -> int:
+    """Run main() as a command: its status, or one line on standard error and the status that fits."""
+    if len(sys.argv) > 1:
+        wants_help = sys.argv[1:] in (["--help"], ["-h"])
+        print(__doc__ if wants_help else "error: no arguments are taken: edit the settings at the top of the script")
+        return 0 if wants_help else 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(
+            f"error: out of memory: halve BATCH_SIZE (now {BATCH_SIZE}) or IMAGE_SIZE (now {IMAGE_SIZE})",
+            file=sys.stderr,
+        )
+        return 2
+    except Exception:  # a fault of this script: the whole story, and not the status of a finished run
+        traceback.print_exc()
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; checkpoints are as the last finished epoch left them", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(run_script())
