@@ -587,9 +587,11 @@ def main() -> int:
 def run_script() -> int:
     """Run main() as a command: its status, or one line on standard error and the status that fits."""
     if len(sys.argv) > 1:
-        wants_help = sys.argv[1:] in (["--help"], ["-h"])
-        print(__doc__ if wants_help else "error: no arguments are taken: edit the settings at the top of the script")
-        return 0 if wants_help else 2
+        if sys.argv[1:] in (["--help"], ["-h"]):
+            print(__doc__)
+            return 0
+        print("error: no arguments are taken: edit the settings at the top of the script", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return main()

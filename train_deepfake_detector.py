@@ -297,6 +297,9 @@ def leave_out_holdout(images: dict[str, int], held: dict[str, int], pattern: str
             f"Held out: {counts['listed']:,} of {len(held):,} listed images, {counts['copies']:,} copies of listed "
             f"ones under other names, {counts['relatives']:,} other images of their recordings"
         )
+    unseen = sum(not fingerprint for fingerprint in held.values())
+    if unseen:
+        print(f"Warning: {unseen:,} listed images are missing or unreadable: copies of them cannot be recognised")
     return kept
 
 
@@ -390,9 +393,13 @@ def split_images(folder: SpectrogramFolder, chosen: dict[str, int], settings: di
     recordings = [name_recording(path, settings["RECORDING_PATTERN"]) for path in chosen]
     names = sorted(set(recordings))
     print(f"Recordings are named like: {', '.join(names[:: max(1, len(names) // 3)][:3])}")
-    repeats = len(chosen) - len(set(chosen.values()))
-    if repeats:
-        print(f"Identical images: {repeats:,} show the same as another one; they are kept, on its side of the split")
+    distinct = len(set(chosen.values()))
+    if distinct < len(chosen):
+        in_both = len(set(zip(chosen.values(), labels.tolist()))) - distinct
+        print(
+            f"Identical images: {len(chosen) - distinct:,} repeat another one and stay on its side of the split"
+            + (f"; {in_both:,} lie in both classes" if in_both else "")
+        )
     groups = group_images(recordings, list(chosen.values()))
     in_val = split_by_recording(groups, labels, settings["VAL_FRACTION"], settings["SEED"])
     for side, mask in (("Training", ~in_val), ("Validation", in_val)):
@@ -866,7 +873,7 @@ def main() -> int:
     settings = {name: globals()[name] for name in SETTINGS}
     check_settings(settings)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    data_dir = here / DATA_DIR
+    data_dir = Path(os.path.normpath(here / DATA_DIR))
     for path in (BEST_MODEL_PATH, FINAL_MODEL_PATH):
         (here / path).parent.mkdir(parents=True, exist_ok=True)
     compute = choose_compute(PRECISION)
@@ -910,9 +917,11 @@ def main() -> int:
 def run_script() -> int:
     """Run main() as a command: its status, or one line on standard error and the status that fits."""
     if len(sys.argv) > 1:
-        wants_help = sys.argv[1:] in (["--help"], ["-h"])
-        print(__doc__ if wants_help else "error: no arguments are taken: edit the settings at the top of the script")
-        return 0 if wants_help else 2
+        if sys.argv[1:] in (["--help"], ["-h"]):
+            print(__doc__)
+            return 0
+        print("error: no arguments are taken: edit the settings at the top of the script", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return main()

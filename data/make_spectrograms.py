@@ -146,7 +146,7 @@ def cut_parts(samples: np.ndarray, settings: dict) -> list[np.ndarray]:
 
 def encode_png(part: np.ndarray, settings: dict, parts: int) -> bytes:
     """Encode one picture as a palette PNG that carries its settings and its recording's part count."""
-    image = Image.fromarray(part, "P")
+    image = Image.frombytes("P", part.shape[::-1], part.tobytes())
     palette = colormaps["magma"](np.linspace(0, 1, settings["grey_levels"]), bytes=True)[:, :3]
     image.putpalette(palette.tobytes())
     info = PngImagePlugin.PngInfo()
@@ -230,19 +230,26 @@ def find_finished(folder: Path, sources: dict[str, Path], settings: dict) -> set
 
 
 def check_settings(settings: dict) -> None:
-    """Raise ValueError that names every setting with an unusable value, and what is allowed."""
-    rate, (low, high) = settings["sample_rate"], settings["frequency_range_hz"]
-    rules = [
-        ("SAMPLE_RATE", isinstance(rate, int) and rate >= 1000, "a whole number of at least 1000 Hz"),
-        ("WINDOW_S", settings["window_s"] * rate >= 8, "a time of at least 8 samples"),
-        ("HOP_S", settings["hop_s"] * rate >= 1, "a time of at least 1 sample"),
-        ("FREQUENCY_RANGE_HZ", 0 <= low < high <= rate / 2, "(low, high) up to half the sample rate"),
-        ("DB_RANGE", settings["db_range"][0] < settings["db_range"][1], "(darkest, brightest)"),
-        ("SECONDS_PER_IMAGE", settings["seconds_per_image"] >= settings["hop_s"], "at least HOP_S"),
-        ("IMAGE_SIZE", settings["image_size"] >= 8, "at least 8 pixels"),
-        ("GREY_LEVELS", 2 <= settings["grey_levels"] <= 256, "2 to 256"),
-    ]
-    wrong = [f"{name} = {settings[name.lower()]} (allowed: {legal})" for name, ok, legal in rules if not ok]
+    """Raise ValueError that names every setting which cannot be used, its value and what is allowed."""
+    rate = settings["sample_rate"]
+    rules = {
+        "sample_rate": (lambda v: v >= 1000 and v == int(v), "a whole number of at least 1000 Hz"),
+        "window_s": (lambda v: v * rate >= 8, "at least 8 samples long"),
+        "hop_s": (lambda v: v * rate >= 1, "at least 1 sample long"),
+        "frequency_range_hz": (lambda v: 0 <= v[0] < v[1] <= rate / 2, "(low, high), up to half the sample rate"),
+        "db_range": (lambda v: v[0] < v[1], "(darkest, brightest)"),
+        "seconds_per_image": (lambda v: v >= settings["hop_s"], "at least HOP_S"),
+        "image_size": (lambda v: v >= 8 and v == int(v), "a whole number of at least 8"),
+        "grey_levels": (lambda v: 2 <= v <= 256 and v == int(v), "a whole number from 2 to 256"),
+    }
+
+    def is_legal(name: str) -> bool:
+        try:
+            return rules[name][0](settings[name])
+        except (TypeError, ValueError, IndexError):
+            return False
+
+    wrong = [f"{name.upper()} = {settings[name]!r} (allowed: {rules[name][1]})" for name in rules if not is_legal(name)]
     if wrong:
         raise ValueError("; ".join(wrong))
 
@@ -274,13 +281,14 @@ def main() -> int:
         "sample_rate": SAMPLE_RATE,
         "window_s": WINDOW_S,
         "hop_s": HOP_S,
-        "frequency_range_hz": list(FREQUENCY_RANGE_HZ),
-        "db_range": list(DB_RANGE),
+        "frequency_range_hz": FREQUENCY_RANGE_HZ,
+        "db_range": DB_RANGE,
         "seconds_per_image": SECONDS_PER_IMAGE,
         "image_size": IMAGE_SIZE,
         "grey_levels": GREY_LEVELS,
     }
     check_settings(settings)
+    settings = json.loads(json.dumps(settings))  # as the images will give them back
     sources = find_audio(here / INPUT_DIR)
     folder = here / OUTPUT_DIR
     folder.mkdir(parents=True, exist_ok=True)
@@ -300,9 +308,11 @@ def main() -> int:
 def run_script() -> int:
     """Run main() as a command: its status, or one line on standard error and the status that fits."""
     if len(sys.argv) > 1:
-        wants_help = sys.argv[1:] in (["--help"], ["-h"])
-        print(__doc__ if wants_help else "error: no arguments are taken: edit the settings at the top of the script")
-        return 0 if wants_help else 2
+        if sys.argv[1:] in (["--help"], ["-h"]):
+            print(__doc__)
+            return 0
+        print("error: no arguments are taken: edit the settings at the top of the script", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return main()
