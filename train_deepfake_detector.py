@@ -54,18 +54,19 @@ BEST_MODEL_PATH = Path("models/experiments/best_laundered_processed.pth")
 FINAL_MODEL_PATH = Path("models/experiments/final_laundered_processed.pth")
 # Data
 RECORDING_PATTERN = r"^(.+?)__"  # group 1 of it in a file's stem names the recording; no match: the whole stem
-IMAGE_SIZE = 128  # pixels, width and height that the network sees; 32 or more
+IMAGE_SIZE = 224  # pixels, width and height that the network sees; 32 or more
 VAL_FRACTION = 0.12  # share of the images that validates; between 0 and 1
 MAX_UNREADABLE = 0.01  # share of the images that may be unreadable before the run stops; 0 to 1
 # Model
 PRETRAINED = "IMAGENET1K_V1"  # torchvision's ImageNet weights, the path of a .pth, or None: random weights
 # Training
-EPOCHS = 40
+EPOCHS = 20
+TIME_CROP = 0.5  # share of an image's width, from a random place, that a training step sees; 0.01 to 1
 BATCH_SIZE = 32  # images
 LEARNING_RATE = None  # peak of the schedule; None: 1e-3 from random weights, 3e-4 from pretrained ones
 WEIGHT_DECAY = 0.05  # AdamW
 LABEL_SMOOTHING = 0.05  # 0 to below 1
-PATIENCE = 15  # epochs without a lower validation loss after which training stops
+PATIENCE = 10  # epochs without a lower validation loss after which training stops
 SEED = 0
 # System
 WORKERS = 2  # processes that read images; 0: the main process reads
@@ -82,7 +83,16 @@ BRIGHTNESS_PER_DB = 1 / 70  # for augmentation: the demo images' scale, from -30
 METRICS = ("train_loss", "val_loss", "val_balanced_accuracy", "val_auc")
 SETTINGS = (
     *("DATA_DIR", "HOLDOUT_CSVS", "BEST_MODEL_PATH", "FINAL_MODEL_PATH", "RECORDING_PATTERN", "IMAGE_SIZE"),
-    *("VAL_FRACTION", "MAX_UNREADABLE", "PRETRAINED", "EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "WEIGHT_DECAY"),
+    *(
+        "VAL_FRACTION",
+        "MAX_UNREADABLE",
+        "PRETRAINED",
+        "EPOCHS",
+        "TIME_CROP",
+        "BATCH_SIZE",
+        "LEARNING_RATE",
+        "WEIGHT_DECAY",
+    ),
     *("LABEL_SMOOTHING", "PATIENCE", "SEED", "WORKERS", "PRECISION"),
 )
 
@@ -590,7 +600,7 @@ def draw_curves_over_rows(shape: tuple[int, int], knots: int, draw: torch.Genera
     return nn.functional.interpolate(values, rows, mode="linear", align_corners=True)[:, 0, :, None]
 
 
-def augment(images: torch.Tensor, colours: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+def augment(images: torch.Tensor, colours: torch.Tensor, crop: float, draw: torch.Generator) -> torch.Tensor:
     """Change spectrograms as other rooms, channels and moments would: shift, noise floor, equaliser, masks.
 
     The changes are made to the brightness, which stands for decibels, and carried over to the colours
@@ -599,27 +609,29 @@ def augment(images: torch.Tensor, colours: torch.Tensor, draw: torch.Generator) 
     Args:
         images: float32, shape (batch, 3, height, width), RGB in 0 to 1.
         colours: as `learn_colours` returns them, on the same device.
+        crop: TIME_CROP.
 
     Returns:
-        The same shape.
+        The same shape, but for a width of crop * width.
     """
-    batch, _, height, width = images.shape
+    batch, _, height, full_width = images.shape
+    width = max(1, round(crop * full_width))
     rand = partial(torch.rand, generator=draw, device=images.device)
     curve = partial(draw_curves_over_rows, (batch, height), draw=draw)
 
-    # Begin somewhere else in time, and go round
-    columns = (torch.arange(width, device=images.device) + (rand(batch, 1) * width).long()) % width
+    # A part that begins anywhere in time, and goes round at the end
+    columns = (torch.arange(width, device=images.device) + (rand(batch, 1) * full_width).long()) % full_width
     images = torch.gather(images, 3, columns[:, None, None].expand(-1, 3, height, -1))
     before = to_brightness(images)
 
-    # A floor of noise of random level and colour in half of the images; each row keeps its mean, as after
+    # A floor of noise of random level and colour in a quarter of the images; each row keeps its mean, as after
     # removal of the channel. Powers of Gaussian noise are exponentially distributed.
     level = before / BRIGHTNESS_PER_DB
     floor = (0.5 * rand(batch, 1, 1) - 0.05 + 0.06 * curve(4)) / BRIGHTNESS_PER_DB
     noise = floor + 10 * torch.log10(torch.empty_like(before).exponential_(generator=draw).clamp_min(1e-6))
     noisy = 10 * torch.log10(10 ** (level / 10) + 10 ** (noise / 10)) * BRIGHTNESS_PER_DB
     noisy += before.mean(2, keepdim=True) - noisy.mean(2, keepdim=True)
-    after = torch.where(rand(batch, 1, 1) < 0.5, noisy, before)
+    after = torch.where(rand(batch, 1, 1) < 0.25, noisy, before)
 
     # An equaliser and a tilt in half of them, a gain in all
     equalised = after + 0.06 * curve(6) + 0.05 * curve(2)
@@ -791,6 +803,7 @@ def check_settings(settings: dict) -> None:
         "MAX_UNREADABLE": (lambda v: is_between(v, 0, 1), "a number from 0 to 1"),
         "PRETRAINED": (lambda v: v is None or isinstance(v, (str, Path)), "'IMAGENET1K_V1', a path, or None"),
         "EPOCHS": (lambda v: is_whole(v, 1), "a whole number of at least 1"),
+        "TIME_CROP": (lambda v: is_between(v, 0.01, 1), "a number from 0.01 to 1"),
         "BATCH_SIZE": (lambda v: is_whole(v, 2), "a whole number of at least 2"),
         "LEARNING_RATE": (lambda v: v is None or is_between(v, 1e-12, 10), "a number above 0, or None"),
         "WEIGHT_DECAY": (lambda v: is_between(v, 0, 10), "a number from 0 to 10"),
@@ -839,14 +852,14 @@ def fit(model: nn.Module, loaders: tuple[DataLoader, DataLoader], compute: Compu
     train_loader, val_loader = loaders
     settings = facts["settings"]
     best_path, final_path = here / settings["BEST_MODEL_PATH"], here / settings["FINAL_MODEL_PATH"]
-    change = partial(
-        augment, colours=learn_colours(train_loader.dataset).to(compute.device), draw=torch.Generator(compute.device)
-    )
+    colours = learn_colours(train_loader.dataset).to(compute.device)
+    draw = torch.Generator(compute.device)
+    change = partial(augment, colours=colours, crop=settings["TIME_CROP"], draw=draw)
     optimisation = build_optimisation(model, train_loader, compute, settings)
     history, best = [], None
     for epoch in range(1, settings["EPOCHS"] + 1):
         started = time.perf_counter()
-        for generator in (change.keywords["draw"], train_loader.generator):
+        for generator in (draw, train_loader.generator):
             generator.manual_seed(settings["SEED"] * 1_000_003 + epoch)
         row = {"epoch": epoch, "learning_rate": optimisation.schedule.get_last_lr()[0]}
         row["train_loss"] = train_one_epoch(model, train_loader, optimisation, compute, change)

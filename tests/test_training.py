@@ -246,12 +246,13 @@ def test_augmentation_keeps_shape_range_and_axes():
     grey = torch.linspace(0, 1, 256)[:, None].repeat(1, 3)
     images = torch.zeros(64, 3, 48, 48)
     images[:, :, 10] = 1  # a line at one frequency stays at that frequency
-    changed = trainer.augment(images, grey, draw)
+    changed = trainer.augment(images, grey, 1.0, draw)
     assert changed.shape == images.shape
     assert changed.min() >= 0 and changed.max() <= 1
     rows = changed.mean((0, 1, 3))
     assert rows.argmax() == 10
     assert not torch.equal(changed[0], changed[1])
+    assert trainer.augment(images, grey, 0.5, draw).shape == (64, 3, 48, 24)
 
 
 def test_augmentation_stays_on_the_colour_map():
@@ -261,7 +262,7 @@ def test_augmentation_stays_on_the_colour_map():
     levels = torch.randint(0, 256, (8, 48, 48), generator=torch.Generator().manual_seed(0))
     images = magma[levels].permute(0, 3, 1, 2)
     learnt = trainer.learn_colours([((image * 255).round().byte(), 0) for image in images])
-    changed = trainer.augment(images, learnt, torch.Generator().manual_seed(1)).permute(0, 2, 3, 1).reshape(-1, 3)
+    changed = trainer.augment(images, learnt, 1.0, torch.Generator().manual_seed(1)).permute(0, 2, 3, 1).reshape(-1, 3)
     distance = torch.cdist(changed[::50], magma).min(1).values
     assert distance.median() < 0.02
     assert (distance < 0.1).float().mean() > 0.95
