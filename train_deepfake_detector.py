@@ -80,6 +80,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", "
 DOWNLOAD_TIMEOUT_S = 30  # without a single byte; torch.hub itself would wait for ever
 CHECKPOINT_FORMAT = 1
 BRIGHTNESS_PER_DB = 1 / 70  # for augmentation: the demo images' scale, from -30 to +40 dB
+SHORTEST_CROP = 32  # pixels; at half of it oneDNN's bfloat16 gradients of layer4.0.conv1 were not finite (torch 2.14)
 METRICS = ("train_loss", "val_loss", "val_balanced_accuracy", "val_auc")
 SETTINGS = (
     *("DATA_DIR", "HOLDOUT_CSVS", "BEST_MODEL_PATH", "FINAL_MODEL_PATH", "RECORDING_PATTERN", "IMAGE_SIZE"),
@@ -612,10 +613,10 @@ def augment(images: torch.Tensor, colours: torch.Tensor, crop: float, draw: torc
         crop: TIME_CROP.
 
     Returns:
-        The same shape, but for a width of crop * width.
+        The same shape, but for a width of crop * width (at least SHORTEST_CROP where the image has as much).
     """
     batch, _, height, full_width = images.shape
-    width = max(1, round(crop * full_width))
+    width = max(min(full_width, SHORTEST_CROP), round(crop * full_width))
     rand = partial(torch.rand, generator=draw, device=images.device)
     curve = partial(draw_curves_over_rows, (batch, height), draw=draw)
 

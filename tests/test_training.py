@@ -252,7 +252,8 @@ def test_augmentation_keeps_shape_range_and_axes():
     rows = changed.mean((0, 1, 3))
     assert rows.argmax() == 10
     assert not torch.equal(changed[0], changed[1])
-    assert trainer.augment(images, grey, 0.5, draw).shape == (64, 3, 48, 24)
+    assert trainer.augment(images, grey, 0.75, draw).shape == (64, 3, 48, 36)
+    assert trainer.augment(images, grey, 0.1, draw).shape == (64, 3, 48, 32)  # see SHORTEST_CROP
 
 
 def test_augmentation_stays_on_the_colour_map():
