@@ -72,6 +72,7 @@ SEED = 0
 WORKERS = 2  # processes that read images; 0: the main process reads
 PRECISION = "auto"  # "auto": bfloat16 or float16 where the hardware gains by it; "float32"
 # ------------------------------------------------------------------------------------------------
+SETTINGS = [name for name in dir() if name.isupper()]  # the block above, and nothing of what follows
 
 CLASSES = ("Deepfake", "Original")  # logit order; the folders bear these names in lower case
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # pytorch.org/vision/stable/models.html, ResNet18_Weights
@@ -82,20 +83,6 @@ CHECKPOINT_FORMAT = 1
 BRIGHTNESS_PER_DB = 1 / 70  # for augmentation: the demo images' scale, from -30 to +40 dB
 SHORTEST_CROP = 32  # pixels; at half of it oneDNN's bfloat16 gradients of layer4.0.conv1 were not finite (torch 2.14)
 METRICS = ("train_loss", "val_loss", "val_balanced_accuracy", "val_auc")
-SETTINGS = (
-    *("DATA_DIR", "HOLDOUT_CSVS", "BEST_MODEL_PATH", "FINAL_MODEL_PATH", "RECORDING_PATTERN", "IMAGE_SIZE"),
-    *(
-        "VAL_FRACTION",
-        "MAX_UNREADABLE",
-        "PRETRAINED",
-        "EPOCHS",
-        "TIME_CROP",
-        "BATCH_SIZE",
-        "LEARNING_RATE",
-        "WEIGHT_DECAY",
-    ),
-    *("LABEL_SMOOTHING", "PATIENCE", "SEED", "WORKERS", "PRECISION"),
-)
 
 
 class Compute(NamedTuple):

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,9 +97,6 @@ def test_import_does_nothing(script, tmp_path):
     path = copy_script(tmp_path, script)
     code = f"import sys; sys.dont_write_bytecode = True; sys.path.insert(0, '.'); import {path.stem}"
     (tmp_path / "importer.py").write_text(code)
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, "importer.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert {entry.name for entry in tmp_path.iterdir()} == {path.name, "importer.py"}
@@ -118,9 +117,6 @@ def test_both_scripts_run_from_another_folder(project, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_other_arguments(script, tmp_path):
-    import subprocess
-    import sys
-
     for arguments, status in ((["--help"], 0), (["--epochs", "3"], 2)):
         command = [sys.executable, str(ROOT / script), *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
