@@ -33,6 +33,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import resnet18
 from tqdm import tqdm
@@ -45,7 +46,7 @@ IMG_BASE_PATH = Path("data")  # img_path is relative to this folder
 CSV_FILES = ["test_data/test.csv"]
 # System
 BATCH_SIZE = 64  # images
-WORKERS = 2  # processes that read images; 0: the main process reads
+WORKERS = None  # processes that read images; 0: the main process; None: what fits the machine and the job
 PRECISION = "auto"  # "auto": bfloat16 or float16 where the hardware gains by it; "float32"
 # ------------------------------------------------------------------------------------------------
 
@@ -286,6 +287,7 @@ def read_image(path: str, size: int) -> torch.Tensor:
     """Decode an image of any mode and resize it: uint8, shape (3, size, size), RGB.
 
     Sixteen-bit grey is scaled to eight bits; an alpha channel is dropped, as torchvision's loader does.
+    torch resizes in a tenth of Pillow's time, to pixels that differ by 1 at most.
 
     Raises:
         OSError, ValueError, SyntaxError and others of Pillow's: the file is no whole image.
@@ -298,10 +300,12 @@ def read_image(path: str, size: int) -> torch.Tensor:
         if image.mode.startswith("I"):
             grey = np.round(np.asarray(image, dtype=np.float64) / 257)
             image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
-        image = image.convert("RGB")
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.BILINEAR)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        if image.mode not in ("RGB", "RGBA"):
+            image = image.convert("RGB")
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if pixels.shape[1:] != (size, size):
+        pixels = nn.functional.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True)[0]
+    return pixels[:3].contiguous()
 
 
 class Images(Dataset):
@@ -321,33 +325,43 @@ class Images(Dataset):
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), reason
 
 
+def count_workers(setting: Optional[int]) -> int:
+    """Count the processes that decode images: WORKERS, or as many as this process has cores, up to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8) if setting is None else setting
+
+
 @torch.inference_mode()
 def score_images(
     paths: list[str], model: nn.Module, facts: dict, compute: Compute
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Score each image once.
+    """Score each image once; workers read ahead while the network computes.
 
     Returns:
         {path: deepfake_score}, 0 to 1 with six decimals, and {unreadable path: reason}.
     """
-    model = model.to(compute.device, memory_format=torch.channels_last)
+    model = fuse(model).to(compute.device, memory_format=torch.channels_last)  # batch norms into convolutions
     mean, std = (torch.tensor(facts[name], device=compute.device).view(3, 1, 1) for name in ("mean", "std"))
     fake = facts["classes"].index("Deepfake")
     scale, offset = facts["calibration"]["scale"], facts["calibration"]["offset"]
     loader = DataLoader(
-        Images(paths, facts["image_size"]), BATCH_SIZE, num_workers=WORKERS, pin_memory=compute.device.type == "cuda"
+        Images(paths, facts["image_size"]),
+        BATCH_SIZE,
+        num_workers=count_workers(WORKERS) if len(paths) > BATCH_SIZE else 0,
+        pin_memory=compute.device.type == "cuda",
     )
-    scores, reasons = [], []
+    scores, reasons = [], {}
     with tqdm(total=len(paths), desc="Judging images", unit=" images", disable=None) as progress:
         for pixels, batch_reasons in loader:
             inputs = (pixels.to(compute.device, non_blocking=True).float() / 255 - mean) / std
             with compute.autocast():
                 logits = model(inputs.contiguous(memory_format=torch.channels_last)).float()
-            scores += torch.sigmoid(scale * (logits[:, fake] - logits[:, 1 - fake]) + offset).tolist()
-            reasons += batch_reasons
+            scores.append(torch.sigmoid(scale * (logits[:, fake] - logits[:, 1 - fake]) + offset))
+            reasons.update((progress.n + row, reason) for row, reason in enumerate(batch_reasons) if reason)
             progress.update(len(batch_reasons))
-    unreadable = {path: reason for path, reason in zip(paths, reasons) if reason}
-    return {p: round(score, 6) for p, score in zip(paths, scores) if p not in unreadable}, unreadable
+    values = torch.cat(scores).tolist()
+    judged = {path: round(values[i], 6) for i, path in enumerate(paths) if i not in reasons}
+    return judged, {paths[i]: reason for i, reason in reasons.items()}
 
 
 # ---- Outputs
@@ -525,7 +539,7 @@ def check_settings() -> None:
     rules = {
         "CSV_FILES": (isinstance(CSV_FILES, (list, tuple)), "a list of paths"),
         "BATCH_SIZE": (is_whole(BATCH_SIZE, 1), "a whole number of at least 1"),
-        "WORKERS": (is_whole(WORKERS, 0), "a whole number of at least 0"),
+        "WORKERS": (WORKERS is None or is_whole(WORKERS, 0), "a whole number of at least 0, or None"),
         "PRECISION": (PRECISION in ("auto", "float32"), "'auto' or 'float32'"),
     }
     wrong = [f"{name} = {globals()[name]!r} (allowed: {legal})" for name, (ok, legal) in rules.items() if not ok]

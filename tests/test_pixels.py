@@ -89,7 +89,15 @@ def test_all_modes_train_and_evaluate(tmp_path):
     assert all(row["predicted_output"] for row in read_csv(folder / "test_data/test.csv"))
 
 
-ALIKE = ["read_image", "parse_table", "resolve_image", "write_file", "choose_compute", "has_bfloat16_instructions"]
+ALIKE = [
+    "read_image",
+    "count_workers",
+    "parse_table",
+    "resolve_image",
+    "write_file",
+    "choose_compute",
+    "has_bfloat16_instructions",
+]
 
 
 @pytest.mark.parametrize("name", ALIKE)
@@ -103,5 +111,7 @@ def test_fingerprint_survives_saving_anew_and_tells_images_apart(tmp_path):
     other = COLOUR.copy()
     other[3, 5, 1] += 1
     Image.fromarray(other).save(tmp_path / "c.png")
-    prints = [trainer.take_fingerprint(trainer.read_image(str(tmp_path / n), 64)) for n in ("a.png", "b.bmp", "c.png")]
+    prints = [
+        trainer.take_fingerprint(trainer.read_image(str(tmp_path / n), 64).numpy()) for n in ("a.png", "b.bmp", "c.png")
+    ]
     assert prints[0] == prints[1] != prints[2]

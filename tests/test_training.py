@@ -16,14 +16,15 @@ def train_indices(folder, csvs, pattern=trainer.RECORDING_PATTERN):
     settings = {
         "IMAGE_SIZE": 32,
         "WORKERS": 0,
+        "CACHE_GB": 1,
         "RECORDING_PATTERN": pattern,
         "MAX_UNREADABLE": 0.1,
         "VAL_FRACTION": 0.25,
         "SEED": 0,
     }
-    images = trainer.find_images(folder / "data", 32)
+    images = trainer.find_images(folder / "data")
     listed = trainer.list_holdout([folder / path for path in csvs], folder / "data")
-    chosen, _ = trainer.choose_images(images, listed, settings)
+    chosen, _ = trainer.choose_images(images, listed, folder / "models/cache", settings)
     sides = trainer.split_images(images, chosen, settings)
     return [[images.samples[i][0] for i in side.indices] for side in sides]
 
@@ -177,7 +178,7 @@ def test_other_folders_hidden_files_and_non_images_are_passed_over(project, caps
     (project / "data/deepfake/combined/._d1.png").write_bytes(b"x")
     (project / "data/deepfake/combined/notes.txt").write_text("x")
     make_image(project / "data/deepfake/deep/er/y.png", 3, fake=True)
-    images = trainer.find_images(project / "data", 32)
+    images = trainer.find_images(project / "data")
     output = capsys.readouterr().out
     assert len(images) == 2 * 16 * 2 + 1
     assert "passed over: audio" in output
@@ -217,7 +218,7 @@ def test_uneven_classes_weigh_the_same(project):
     for number in range(4, 12):
         for part in (1, 2):
             (project / f"data/original/combined/o{number}__clean_{part}.png").unlink()
-    images = trainer.find_images(project / "data", 32)
+    images = trainer.find_images(project / "data")
     loader = trainer.DataLoader(trainer.Subset(images, range(len(images))), 8)
     settings = {"LABEL_SMOOTHING": 0, "LEARNING_RATE": 1e-3, "EPOCHS": 1, "WEIGHT_DECAY": 0}
     compute = trainer.Compute(torch.device("cpu"), torch.float32)
