@@ -84,7 +84,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", "
 DOWNLOAD_TIMEOUT_S = 30  # without a single byte; torch.hub itself would wait for ever
 CHECKPOINT_FORMAT = 1
 BRIGHTNESS_PER_DB = 1 / 70  # for augmentation: the demo images' scale, from -30 to +40 dB
-SHORTEST_CROP = 32  # pixels; at half of it oneDNN's bfloat16 gradients of layer4.0.conv1 were not finite (torch 2.14)
+SHORTEST_CROP = 48  # pixels; at 32 and less oneDNN (torch 2.14, 2.15) gave wrong bfloat16 gradients for layer4.0.conv1
 CACHE_FORMAT = 1  # changes when read_image comes to give other pixels
 CACHE_ENTRY = np.dtype([("key", "<i8"), ("fingerprint", "<i8")])
 IMAGES_PER_SHARD = 64
@@ -326,6 +326,7 @@ def read_all_images(cache: PixelCache, budget: float, workers: int) -> dict[str,
     Returns:
         {unreadable path: reason}.
     """
+    started = time.perf_counter()
     lacking = np.flatnonzero(cache.places[:, 0] < 0)
     room, reasons, why = 0, {}, "CACHE_GB allows no more"
     try:
@@ -352,7 +353,8 @@ def read_all_images(cache: PixelCache, budget: float, workers: int) -> dict[str,
             except OSError as error:  # the disk is full, or the folder may not be written
                 cache.folder, why = None, str(error)
     kept, known = np.count_nonzero(cache.places[:, 0] >= 0), np.count_nonzero(cache.fingerprints)
-    print(f"Read {len(unread):,} images now; {kept:,} of {known:,} lie decoded in the cache")
+    seconds = time.perf_counter() - started
+    print(f"Read {len(unread):,} images now, in {seconds:.1f} s; {kept:,} of {known:,} lie decoded in the cache")
     if kept < known:
         print(f"The {known - kept:,} others are decoded again in every epoch: {why}")
     return reasons
@@ -756,14 +758,14 @@ def augment(images: torch.Tensor, colours: torch.Tensor, crop: float, draw: torc
     images = torch.gather(images, 3, columns[:, None, None].expand(-1, 3, height, -1))
     before = to_brightness(images)
 
-    # A floor of noise of random level and colour in a quarter of the images; each row keeps its mean, as after
-    # removal of the channel. Powers of Gaussian noise are exponentially distributed.
-    level = before / BRIGHTNESS_PER_DB
-    floor = (0.5 * rand(batch, 1, 1) - 0.05 + 0.06 * curve(4)) / BRIGHTNESS_PER_DB
-    noise = floor + 10 * torch.log10(torch.empty_like(before).exponential_(generator=draw).clamp_min(1e-6))
-    noisy = 10 * torch.log10(10 ** (level / 10) + 10 ** (noise / 10)) * BRIGHTNESS_PER_DB
-    noisy += before.mean(2, keepdim=True) - noisy.mean(2, keepdim=True)
-    after = torch.where(rand(batch, 1, 1) < 0.25, noisy, before)
+    # A floor of noise of random level and colour in a quarter of the images (any: their order is random); each row
+    # keeps its mean, as after removal of the channel. Powers of Gaussian noise are exponentially distributed.
+    quiet = before[: batch // 4]
+    noise = torch.empty_like(quiet).exponential_(generator=draw).clamp_min_(1e-6)
+    noise *= 10 ** ((0.5 * rand(batch, 1, 1) - 0.05 + 0.06 * curve(4)) / BRIGHTNESS_PER_DB / 10)[: batch // 4]
+    noisy = 10 * BRIGHTNESS_PER_DB * torch.log10(10 ** (quiet / BRIGHTNESS_PER_DB / 10) + noise)
+    noisy += quiet.mean(2, keepdim=True) - noisy.mean(2, keepdim=True)
+    after = torch.cat([noisy, before[batch // 4 :]])
 
     # An equaliser and a tilt in half of them, a gain in all
     equalised = after + 0.06 * curve(6) + 0.05 * curve(2)
@@ -779,9 +781,10 @@ def augment(images: torch.Tensor, colours: torch.Tensor, crop: float, draw: torc
         after = torch.where(hidden.unsqueeze(3 - axis), mean, after)
 
     def paint(brightness: torch.Tensor) -> torch.Tensor:
-        return colours[(brightness.clamp(0, 1) * 255).round().long()].permute(0, 3, 1, 2)
+        levels = brightness.clamp(0, 1).mul_(255).round_().int()
+        return nn.functional.embedding(levels, colours).permute(0, 3, 1, 2)
 
-    return (images + paint(after) - paint(before)).clamp(0, 1)
+    return images.add_(paint(after).sub_(paint(before))).clamp_(0, 1)
 
 
 def train_one_epoch(

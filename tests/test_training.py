@@ -245,7 +245,7 @@ def test_patience_ends_training(project):
 def test_augmentation_keeps_shape_range_and_axes():
     draw = torch.Generator().manual_seed(0)
     grey = torch.linspace(0, 1, 256)[:, None].repeat(1, 3)
-    images = torch.zeros(64, 3, 48, 48)
+    images = torch.zeros(64, 3, 48, 64)
     images[:, :, 10] = 1  # a line at one frequency stays at that frequency
     changed = trainer.augment(images, grey, 1.0, draw)
     assert changed.shape == images.shape
@@ -253,8 +253,8 @@ def test_augmentation_keeps_shape_range_and_axes():
     rows = changed.mean((0, 1, 3))
     assert rows.argmax() == 10
     assert not torch.equal(changed[0], changed[1])
-    assert trainer.augment(images, grey, 0.75, draw).shape == (64, 3, 48, 36)
-    assert trainer.augment(images, grey, 0.1, draw).shape == (64, 3, 48, 32)  # see SHORTEST_CROP
+    assert trainer.augment(images, grey, 0.875, draw).shape == (64, 3, 48, 56)
+    assert trainer.augment(images, grey, 0.1, draw).shape == (64, 3, 48, 48)  # see SHORTEST_CROP
 
 
 def test_augmentation_stays_on_the_colour_map():
