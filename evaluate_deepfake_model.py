@@ -15,6 +15,7 @@ About 100 images a second on two cores.
 from __future__ import annotations
 
 import csv
+import ctypes
 import datetime
 import hashlib
 import io
@@ -27,6 +28,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -284,6 +286,18 @@ def choose_compute(precision: str) -> Compute:
         dtype = torch.bfloat16
     print(f"Device: {device.type} ({notes}), {str(dtype).removeprefix('torch.')}")
     return Compute(device, dtype)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the large blocks that a network frees and wants again at once.
+
+    By default they go back to the system, and come as fresh pages that it must zero: a quarter of the time of
+    judging on a CPU (measured), and 5 % of training. Other C libraries have no such switch.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        c_library = ctypes.CDLL(None)
+        c_library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+        c_library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
 
 
 def has_bfloat16_instructions() -> bool:
@@ -579,6 +593,7 @@ def main() -> int:
     model_path = here / MODEL_PATH
     model, facts = load_detector(model_path)
     print(f"Model: {MODEL_PATH}, epoch {facts.get('epoch', '?')}, started from {facts.get('initial_weights', '?')}")
+    keep_freed_memory()
     compute = choose_compute(PRECISION)
     for job in jobs:
         labels = job.labels or {}

@@ -15,6 +15,7 @@ The demo data takes about 6 minutes on two cores with bfloat16 instructions, 11 
 from __future__ import annotations
 
 import csv
+import ctypes
 import hashlib
 import http.client
 import io
@@ -663,6 +664,18 @@ def choose_compute(precision: str) -> Compute:
     return Compute(device, dtype)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep the large blocks that a network frees and wants again at once.
+
+    By default they go back to the system, and come as fresh pages that it must zero: a quarter of the time of
+    judging on a CPU (measured), and 5 % of training. Other C libraries have no such switch.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        c_library = ctypes.CDLL(None)
+        c_library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+        c_library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+
+
 def has_bfloat16_instructions() -> bool:
     """Tell whether this CPU multiplies bfloat16 in hardware: elsewhere it would be slower than float32."""
     try:
@@ -1027,6 +1040,7 @@ def main() -> int:
     data_dir = Path(os.path.normpath(here / DATA_DIR))
     for path in (BEST_MODEL_PATH, FINAL_MODEL_PATH):
         (here / path).parent.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
     compute = choose_compute(PRECISION)
     listed = list_holdout([here / path for path in HOLDOUT_CSVS], data_dir)
     folder = find_images(data_dir)

@@ -96,6 +96,7 @@ ALIKE = [
     "resolve_image",
     "write_file",
     "choose_compute",
+    "keep_freed_memory",
     "has_bfloat16_instructions",
 ]
 

@@ -123,6 +123,7 @@ def run_bare(folder: Path) -> dict:
     import evaluate_deepfake_model as evaluator
     import train_deepfake_detector as trainer
 
+    trainer.keep_freed_memory()
     compute = trainer.choose_compute("auto")
     model = trainer.build_model(None, compute)
     settings = {"LABEL_SMOOTHING": 0.05, "LEARNING_RATE": 1e-3, "WEIGHT_DECAY": 0.05, "EPOCHS": 1}
