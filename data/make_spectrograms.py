@@ -3,14 +3,16 @@
     python data/make_spectrograms.py
 
 In:  every audio file below INPUT_DIR: WAV, and FLAC, OGG or MP3 where `soundfile` is installed.
-Out: OUTPUT_DIR/<recording>__clean[_<part>].png, IMAGE_SIZE x IMAGE_SIZE, 8-bit palette (magma).
+Out: OUTPUT_DIR/<recording>__<condition>[_<part>].png, IMAGE_SIZE x IMAGE_SIZE, 8-bit palette (magma).
 
+CONDITIONS lists the copies to make of each recording: clean, and laundered as speech is on its way to a
+listener. What was done is drawn anew for each file, the same in each run, whatever the class, and stored in the image.
 Training images and images to judge must be made with the same settings: they are stored in each
 image, and images made with other settings are never mixed with new ones. Every pixel column stands for
 the same time: long recordings become several images, short ones are repeated to fill one.
 `<recording>` is the audio file's name up to `__`; what follows that (another voice reading the same
-text, a copy) goes behind the condition: `<recording>__clean-<rest>.png`.
-About 100 recordings a second on one core.
+text, a copy) goes behind the condition: `<recording>__<condition>-<rest>.png`.
+About 100 clean recordings a second on one core.
 """
 
 from __future__ import annotations
@@ -21,20 +23,30 @@ import os
 import signal
 import sys
 import warnings
+import zlib
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from scipy.io import wavfile
-from scipy.signal import get_window, resample_poly
+from scipy.signal import butter, fftconvolve, get_window, resample_poly, sosfiltfilt
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
 # Settings. Relative paths start at this script's folder.
 INPUT_DIR = Path("../audio/original")  # folder of recordings, searched at any depth
 OUTPUT_DIR = Path("original/combined")  # folder for the images; made where it is missing
+
+CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")  # also gain, clip; "reverb+noise": in turn
+BABBLE_DIR = (
+    None  # folder of recordings that the babble in "noise" is made of, the same for both classes; None: no babble
+)
+SNR_RANGE_DB = (5, 30)  # dB, speech over noise
+RT60_RANGE_S = (0.2, 0.8)  # s, time in which the reverberation falls by 60 dB
+SEED = 0  # of all that is drawn
 
 SAMPLE_RATE = 16000  # Hz; recordings of any other rate are resampled
 WINDOW_S = 0.032  # s, length of one Hann window
@@ -48,6 +60,16 @@ GREY_LEVELS = 64  # 2 to 256; fewer make smaller files
 
 SOUNDFILE_SUFFIXES = (".flac", ".ogg", ".mp3")
 TEXT_KEY = "spectrogram"  # PNG text chunk that holds the settings
+LAUNDERING_SETTINGS = ("snr_range_db", "rt60_range_s", "seed")
+CODECS = {  # soundfile's (format, subtype); without soundfile the first three, by arithmetic
+    "mu-law": None,
+    "A-law": None,
+    "ADPCM": None,
+    "GSM": ("WAV", "GSM610"),
+    "Vorbis": ("OGG", "VORBIS"),
+    "Opus": ("OGG", "OPUS"),
+    "MP3": ("MP3", "MPEG_LAYER_III"),
+}
 DYNAMIC_RANGE_DB = 80  # what lies further below a recording's peak counts as silence
 
 
@@ -79,6 +101,152 @@ def read_audio(path: Path, sample_rate: int) -> np.ndarray:
     if file_rate != sample_rate:
         mono = resample_poly(mono, sample_rate, file_rate)
     return mono / peak
+
+
+# ---- Laundering. Each takes samples (float64, shape (samples,), peak 1), their rate in Hz and a generator, and returns
+# as many samples with words for what was done.
+
+
+def add_noise(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
+    """Add white noise, pink noise or the babble of four other recordings, at an SNR in SNR_RANGE_DB."""
+    kind = draw.choice(["white", "pink", "babble"] if len(others) >= 4 else ["white", "pink"])
+    if kind == "babble":
+        noise = np.zeros(len(samples))
+        for number in draw.choice(len(others), 4, replace=False):
+            voice = read_audio(others[number], rate)
+            noise += np.resize(np.roll(voice, draw.integers(len(voice))), len(samples)) / voice.std()
+    else:
+        spectrum = np.fft.rfft(draw.normal(size=len(samples)))
+        slope = np.sqrt(np.maximum(np.arange(len(spectrum)), 1)) if kind == "pink" else 1
+        noise = np.fft.irfft(spectrum / slope, len(samples))
+    snr_db = draw.uniform(*settings["snr_range_db"])
+    noise *= np.sqrt(np.mean(samples**2) / np.mean(noise**2)) * 10 ** (-snr_db / 20)
+    return samples + noise, f"{kind} noise, SNR {snr_db:.1f} dB"
+
+
+def add_reverb(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
+    """Convolve with a synthetic room response: the direct sound, then noise that falls by 60 dB in RT60_RANGE_S."""
+    rt60_s, direct_db = draw.uniform(*settings["rt60_range_s"]), draw.uniform(-3, 6)
+    time_s = np.arange(int(rt60_s * rate)) / rate
+    response = draw.normal(size=len(time_s)) * 10 ** (-3 * time_s / rt60_s)
+    response[0] = np.sqrt(np.sum(response[1:] ** 2)) * 10 ** (direct_db / 20)
+    words = f"reverberation, RT60 {rt60_s:.2f} s, direct sound {direct_db:.1f} dB"
+    return fftconvolve(samples, response)[: len(samples)], words
+
+
+def resample(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
+    """Resample to a lower rate and back."""
+    lower = int(rate * draw.choice([0.3, 0.375, 0.5, 0.6875]))
+    there_and_back = resample_poly(resample_poly(samples, lower, rate), rate, lower)
+    return np.resize(there_and_back, len(samples)), f"resampled to {lower} Hz and back"
+
+
+def limit_band(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
+    """Let a band pass: Butterworth, order 8, forth and back."""
+    low, high = draw.uniform(100, 400), draw.uniform(0.125, 0.22) * rate
+    filtered = sosfiltfilt(butter(8, (low, high), "bandpass", fs=rate, output="sos"), samples)
+    return filtered, f"band {low:.0f} to {high:.0f} Hz"
+
+
+def lower_gain(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
+    """Lower the level before rounding to 16 bits."""
+    gain_db = draw.uniform(-70, -40)
+    return np.round(samples * 10 ** (gain_db / 20) * 32767), f"16 bits at {gain_db:.1f} dB"
+
+
+def clip(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
+    """Clip the peaks."""
+    level = draw.uniform(0.1, 0.5)
+    return np.clip(samples, -level, level), f"clipped at {level:.2f} of the peak"
+
+
+def code(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
+    """Encode and decode with a codec of CODECS; telephone codecs at 8 kHz."""
+    try:
+        import soundfile
+    except ImportError:
+        soundfile = None
+    usable = [
+        name
+        for name, kind in CODECS.items()
+        if kind is None or (soundfile and kind[1] in soundfile.available_subtypes(kind[0]))
+    ]
+    name = str(draw.choice(usable))
+    code_rate = 16000 if name in ("Vorbis", "Opus", "MP3") else 8000
+    coded = resample_poly(samples, code_rate, rate) * 0.9
+    if CODECS[name]:
+        buffer, (container, subtype) = io.BytesIO(), CODECS[name]
+        quality = {} if container == "WAV" else {"compression_level": draw.uniform(0.5, 1)}
+        soundfile.write(buffer, coded, code_rate, subtype, format=container, **quality)
+        buffer.seek(0)
+        coded = soundfile.read(buffer)[0]
+    else:
+        coded = {"mu-law": code_mu_law, "A-law": code_a_law, "ADPCM": code_adpcm}[name](coded)
+    return np.resize(resample_poly(coded, rate, code_rate), len(samples)), f"{name} at {code_rate} Hz"
+
+
+def code_mu_law(samples: np.ndarray) -> np.ndarray:
+    """Compand to 8 bits and back by the formula of ITU-T G.711's mu-law (mu = 255)."""
+    levels = np.round(np.sign(samples) * np.log1p(255 * np.abs(samples)) / np.log(256) * 127) / 127
+    return np.sign(levels) * np.expm1(np.abs(levels) * np.log(256)) / 255
+
+
+def code_a_law(samples: np.ndarray) -> np.ndarray:
+    """Compand to 8 bits and back by the formula of ITU-T G.711's A-law (A = 87.6)."""
+    size, scale = np.abs(samples), 1 + np.log(87.6)
+    curve = np.where(size < 1 / 87.6, 87.6 * size, 1 + np.log(np.maximum(87.6 * size, 1))) / scale
+    levels = np.round(curve * 127) / 127 * scale
+    return np.sign(samples) * np.where(levels < 1, levels, np.exp(levels - 1)) / 87.6
+
+
+def code_adpcm(samples: np.ndarray) -> np.ndarray:
+    """Encode to 4 bits a sample and back, as IMA ADPCM does (IMA Digital Audio Focus Group, 1992)."""
+    step_sizes = np.minimum(np.round(7 * 1.1 ** np.arange(89)), 32767).tolist()
+    decoded, value, index = [], 0.0, 0
+    for target in (samples * 32767).tolist():
+        step = step_sizes[index]
+        size = min(int(abs(target - value) / step * 4), 7)
+        change = step * (size + 0.5) / 4
+        value = min(max(value + (change if target >= value else -change), -32768), 32767)
+        index = min(max(index + (-1, -1, -1, -1, 2, 4, 6, 8)[size], 0), 88)
+        decoded.append(value)
+    return np.array(decoded) / 32767
+
+
+LAUNDERING = {
+    "noise": add_noise,
+    "reverb": add_reverb,
+    "resample": resample,
+    "codec": code,
+    "bandlimit": limit_band,
+    "gain": lower_gain,
+    "clip": clip,
+}
+
+
+def launder(
+    samples: np.ndarray, condition: str, stem: str, settings: dict, others: list[Path]
+) -> tuple[np.ndarray, str]:
+    """Launder a recording as one of CONDITIONS says.
+
+    Args:
+        stem: the name of the image to be made, from which with SEED all draws follow.
+        others: recordings that babble may be made of.
+
+    Returns:
+        As many samples, with a peak of 1, and words for what was done.
+    """
+    draw = np.random.default_rng([settings["seed"], zlib.crc32(stem.encode())])
+    words = []
+    for name in condition.split("+"):
+        if name != "clean":
+            samples, done = LAUNDERING[name](samples, settings["sample_rate"], draw, settings, others)
+            samples = samples / np.abs(samples).max()
+            words.append(done)
+    return samples, "; ".join(words)
+
+
+# ---- Pictures
 
 
 def fill_up(samples: np.ndarray, length: int) -> np.ndarray:
@@ -144,13 +312,13 @@ def cut_parts(samples: np.ndarray, settings: dict) -> list[np.ndarray]:
     return parts
 
 
-def encode_png(part: np.ndarray, settings: dict, parts: int) -> bytes:
-    """Encode one picture as a palette PNG that carries its settings and its recording's part count."""
+def encode_png(part: np.ndarray, settings: dict, notes: dict) -> bytes:
+    """Encode one picture as a palette PNG that carries its settings, and notes of how it came to be."""
     image = Image.frombytes("P", part.shape[::-1], part.tobytes())
     palette = colormaps["magma"](np.linspace(0, 1, settings["grey_levels"]), bytes=True)[:, :3]
     image.putpalette(palette.tobytes())
     info = PngImagePlugin.PngInfo()
-    info.add_text(TEXT_KEY, json.dumps({"settings": settings, "parts": parts}))
+    info.add_text(TEXT_KEY, json.dumps({"settings": settings, **notes}))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True, pnginfo=info)
     return buffer.getvalue()
@@ -169,11 +337,11 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def find_audio(folder: Path) -> dict[str, Path]:
-    """Find the audio files at any depth below a folder, as {stem of the image's name: path}.
+def find_audio(folder: Path) -> list[Path]:
+    """Find the audio files at any depth below a folder.
 
     Raises:
-        ValueError: no audio, two files that would make the same images, or `soundfile` is needed.
+        ValueError: there is none, or `soundfile` is needed.
     """
     paths = [
         path
@@ -182,27 +350,39 @@ def find_audio(folder: Path) -> dict[str, Path]:
         if not path.name.startswith(".")
     ]
     if not paths:
-        raise ValueError(f"INPUT_DIR {folder}: no .wav, .flac, .ogg or .mp3 file below it")
-    sources = {}
+        raise ValueError(f"{folder}: no .wav, .flac, .ogg or .mp3 file below it")
+    compressed = [path for path in paths if path.suffix.lower() in SOUNDFILE_SUFFIXES]
+    if compressed and not find_spec("soundfile"):
+        raise ValueError(
+            f"{len(compressed)} of {len(paths)} files (first: {compressed[0]}) need the package "
+            "soundfile: pip install soundfile"
+        )
+    return paths
+
+
+def name_images(paths: list[Path], conditions: list[str]) -> dict[str, tuple[Path, str]]:
+    """Name the images to be made: {stem: (audio file, condition)}.
+
+    Raises:
+        ValueError: two files would make the same image.
+    """
+    images = {}
     for path in paths:
         recording, _, rest = path.stem.partition("__")
-        stem = f"{recording}__clean" + (f"-{rest}" if rest else "")
-        if stem in sources:
-            raise ValueError(f"{sources[stem]} and {path} would make the same image: rename one")
-        sources[stem] = path
-    compressed = [path for path in paths if path.suffix.lower() in SOUNDFILE_SUFFIXES]
-    if compressed:
-        try:
-            import soundfile  # noqa: F401
-        except ImportError:
-            raise ValueError(
-                f"{len(compressed)} of {len(paths)} files (first: {compressed[0]}) need the package "
-                "soundfile: pip install soundfile"
-            ) from None
-    return sources
+        for condition in conditions:
+            stem = f"{recording}__{condition}" + (f"-{rest}" if rest else "")
+            if stem in images:
+                raise ValueError(f"{images[stem][0]} and {path} would make the same image: rename one")
+            images[stem] = path, condition
+    return images
 
 
-def find_finished(folder: Path, sources: dict[str, Path], settings: dict) -> set[str]:
+def choose_settings(settings: dict, condition: str) -> dict:
+    """Choose the settings that shape an image: those of the laundering do not concern a clean one."""
+    return {key: value for key, value in settings.items() if condition != "clean" or key not in LAUNDERING_SETTINGS}
+
+
+def find_finished(folder: Path, images: dict[str, tuple[Path, str]], settings: dict) -> set[str]:
     """Find the stems whose images are all there, made with these settings.
 
     Raises:
@@ -210,21 +390,20 @@ def find_finished(folder: Path, sources: dict[str, Path], settings: dict) -> set
     """
     found = defaultdict(list)
     for path in folder.glob("*.png"):
-        stem = path.stem if path.stem in sources else path.stem.rpartition("_")[0]
-        if stem not in sources:
+        stem = path.stem if path.stem in images else path.stem.rpartition("_")[0]
+        if stem not in images:
             continue
         try:
             with Image.open(path) as image:
                 stored = json.loads(image.text[TEXT_KEY])
         except (OSError, KeyError, ValueError, UnidentifiedImageError):
             raise ValueError(f"{path} is there, but not from this script: move it away") from None
-        wrong = [key for key in settings if stored["settings"].get(key) != settings[key]]
-        if wrong:
-            key = wrong[0]
-            raise ValueError(
-                f"{path} was made with {key.upper()} = {stored['settings'].get(key)}, now it is "
-                f"{settings[key]}: choose another OUTPUT_DIR, or move the old images away"
-            )
+        for key, value in choose_settings(settings, images[stem][1]).items():
+            if stored["settings"].get(key) != value:
+                raise ValueError(
+                    f"{path} was made with {key.upper()} = {stored['settings'].get(key)}, now it is "
+                    f"{value}: choose another OUTPUT_DIR, or move the old images away"
+                )
         found[stem].append(stored["parts"])
     return {stem for stem, parts in found.items() if len(parts) == parts[0]}
 
@@ -232,7 +411,15 @@ def find_finished(folder: Path, sources: dict[str, Path], settings: dict) -> set
 def check_settings(settings: dict) -> None:
     """Raise ValueError that names every setting which cannot be used, its value and what is allowed."""
     rate = settings["sample_rate"]
+    steps = [step for condition in settings["conditions"] for step in str(condition).split("+")]
     rules = {
+        "conditions": (
+            lambda v: steps and set(steps) <= {"clean", *LAUNDERING},
+            f"some of clean, {', '.join(LAUNDERING)}, or several joined by +",
+        ),
+        "snr_range_db": (lambda v: v[0] <= v[1], "(lowest, highest)"),
+        "rt60_range_s": (lambda v: 0.05 <= v[0] <= v[1], "(shortest, longest), from 0.05"),
+        "seed": (lambda v: v == int(v) and v >= 0, "a whole number of at least 0"),
         "sample_rate": (lambda v: v >= 1000 and v == int(v), "a whole number of at least 1000 Hz"),
         "window_s": (lambda v: v * rate >= 8, "at least 8 samples long"),
         "hop_s": (lambda v: v * rate >= 1, "at least 1 sample long"),
@@ -254,22 +441,28 @@ def check_settings(settings: dict) -> None:
         raise ValueError("; ".join(wrong))
 
 
-def make_images(sources: dict[str, Path], folder: Path, settings: dict) -> tuple[int, list[str]]:
+def make_images(
+    images: dict[str, tuple[Path, str]], folder: Path, settings: dict, babble: list[Path]
+) -> tuple[int, list[str]]:
     """Make the images of every recording; go on past what cannot be read.
 
     Returns:
-        The number of images written, and a line for each file that was left out.
+        The number of files written, and a line for each recording or copy that was left out.
     """
     written, failed = 0, []
-    for stem, path in tqdm(sources.items(), "Making spectrograms", unit="file", disable=None):
+    for stem, (path, condition) in tqdm(images.items(), "Making spectrograms", unit="copy", disable=None):
         try:
-            parts = cut_parts(read_audio(path, settings["sample_rate"]), settings)
+            others = [other for other in babble if other.stem != path.stem]
+            samples = read_audio(path, settings["sample_rate"])
+            samples, words = launder(samples, condition, stem, settings, others)
+            parts = cut_parts(samples, settings)
         except Exception as error:  # the decoders raise many kinds; every one is reported by name
-            failed.append(f"left out: {path}: {str(error) or type(error).__name__}".splitlines()[0])
+            failed.append(f"left out: {path} ({condition}): {str(error) or type(error).__name__}".splitlines()[0])
             continue
+        notes = {"parts": len(parts), **({"laundering": words} if words else {})}
         for number, part in enumerate(parts, 1):
             name = f"{stem}_{number}.png" if len(parts) > 1 else f"{stem}.png"
-            write_file(folder / name, encode_png(part, settings, len(parts)))
+            write_file(folder / name, encode_png(part, choose_settings(settings, condition), notes))
             written += 1
     return written, failed
 
@@ -286,19 +479,26 @@ def main() -> int:
         "seconds_per_image": SECONDS_PER_IMAGE,
         "image_size": IMAGE_SIZE,
         "grey_levels": GREY_LEVELS,
+        "snr_range_db": SNR_RANGE_DB,
+        "rt60_range_s": RT60_RANGE_S,
+        "seed": SEED,
     }
-    check_settings(settings)
+    check_settings({"conditions": CONDITIONS, **settings})
     settings = json.loads(json.dumps(settings))  # as the images will give them back
-    sources = find_audio(here / INPUT_DIR)
+    paths = find_audio(here / INPUT_DIR)
+    images = name_images(paths, list(dict.fromkeys(CONDITIONS)))
+    babble = find_audio(here / BABBLE_DIR) if BABBLE_DIR else []
+    if any("codec" in condition for condition in CONDITIONS) and not find_spec("soundfile"):
+        print("soundfile is not installed: codecs are mu-law, A-law and ADPCM only")
     folder = here / OUTPUT_DIR
     folder.mkdir(parents=True, exist_ok=True)
-    finished = find_finished(folder, sources, settings)
-    todo = {stem: path for stem, path in sources.items() if stem not in finished}
-    written, failed = make_images(todo, folder, settings)
+    finished = find_finished(folder, images, settings)
+    todo = {stem: image for stem, image in images.items() if stem not in finished}
+    written, failed = make_images(todo, folder, settings, babble)
     for line in failed:
         print(line, file=sys.stderr)
     print(
-        f"{len(sources)} recordings: {len(finished)} had their images already, "
+        f"{len(paths)} recordings, {len(images)} copies of them: {len(finished)} had their images already, "
         f"{len(todo) - len(failed)} made now ({written} images), {len(failed)} left out"
     )
     print(f"Images in {folder}")

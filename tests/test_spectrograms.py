@@ -20,7 +20,7 @@ SETTINGS = {
     "image_size": 224,
     "grey_levels": 64,
 }
-FOLDERS = {"INPUT_DIR": "audio", "OUTPUT_DIR": "images"}
+FOLDERS = {"INPUT_DIR": "audio", "OUTPUT_DIR": "images", "CONDITIONS": ("clean",)}
 
 
 def make_tone(frequency, seconds, rate=16000, gap=0.5):

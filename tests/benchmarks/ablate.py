@@ -1,0 +1,303 @@
+"""Measure recipes on speech whose voices and generators are held out, clean and laundered.
+
+    .venv/bin/python tests/benchmarks/ablate.py [recipe ...]
+
+In:  CORPUS_DIR/manifest.csv with the columns path, label (original, deepfake), speaker, engine (of deepfakes), group
+     (clips of one group share a recording), and the clips that it names.
+Out: WORK_DIR/results.csv, a row per recipe, fold, seed and measure; the table of means and spreads over them.
+
+Each fold holds out whole generators and whole voices at once. What is in results.csv is not run again.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+import time
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import make_spectrograms as maker  # noqa: E402
+
+import train_deepfake_detector as trainer  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------
+# Settings
+CORPUS_DIR = Path("corpus")
+WORK_DIR = Path("ablation")
+FOLDS = (  # generators and voices held out together, by the beginning of engine and by a part of speaker
+    (("hibari",), ("Carlo", "Armelle")),
+    (("piper",), ("Allison",)),
+    (("flite", "espeak"), ("tuxpaint",)),
+    (("festival",), ("fillets", "July")),
+    (("copy-",), ("bass", "June")),
+)
+SEEDS = (0, 1)
+CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")
+FORMAT = {
+    "sample_rate": 16000,
+    "window_s": 0.032,
+    "hop_s": 0.008,
+    "frequency_range_hz": [60, 3500],
+    "db_range": [-30, 40],
+    "seconds_per_image": 1.792,
+    "image_size": 224,
+    "grey_levels": 64,
+    "snr_range_db": [5, 30],
+    "rt60_range_s": [0.2, 0.8],
+    "seed": 0,
+}
+BASE = {"format": {}, "copies": ("clean",), "epochs": 15, "crop": 0.5, "augment": True, "rate": 1e-3, "ema": 0.0}
+RECIPES = {  # what differs from BASE
+    "plain": {
+        "format": {"window_s": 0.064, "hop_s": 0.032, "seconds_per_image": 3.0, "frequency_range_hz": [0, 8000]},
+        "augment": "flips and rotation",
+        "crop": 1.0,
+        "epochs": 8,
+        "clips": 1200,
+    },
+    "base": {},
+    "copies": {"copies": CONDITIONS},
+    "copies, 30 epochs": {"copies": CONDITIONS, "epochs": 30},
+    "copies, no drawing": {"copies": CONDITIONS, "augment": False},
+    "copies, average": {"copies": CONDITIONS, "ema": 0.998},
+}
+# ------------------------------------------------------------------------------------------------
+MAGMA = torch.tensor(colormaps["magma"](np.linspace(0, 1, FORMAT["grey_levels"]), bytes=True)[:, :3].copy())
+COLOURS = torch.tensor(colormaps["magma"](np.linspace(0, 1, 256))[:, :3], dtype=torch.float32)
+
+
+# ---- Pictures
+
+
+def make_clip(path: str, settings: dict, babble: list[Path]) -> list[np.ndarray]:
+    """Make the pictures of a clip: for each of CONDITIONS uint8 levels, shape (parts, 224, 224)."""
+    samples = maker.read_audio(Path(path), settings["sample_rate"])
+    pictures = []
+    for condition in CONDITIONS:
+        laundered, _ = maker.launder(samples, condition, f"{path}__{condition}"[-60:], settings, babble)
+        pictures.append(np.stack(maker.cut_parts(laundered, settings)))
+    return pictures
+
+
+def load_pictures(rows: list[dict], settings: dict) -> list[list[np.ndarray]]:
+    """Make the pictures of all clips, or load those that were made with these settings before."""
+    name = WORK_DIR / f"pictures-{zlib.crc32(repr(sorted(settings.items())).encode()):08x}.npy"
+    index = name.with_suffix(".counts.npy")
+    if not index.exists():
+        paths = [str(CORPUS_DIR / row["path"]) for row in rows]
+        babble = [Path(path) for path in sorted(paths)[::7]]
+        make = partial(make_clip, settings=settings, babble=babble)
+        with ProcessPoolExecutor() as pool, open(name, "wb") as file:
+            counts = []
+            for pictures in pool.map(make, paths, chunksize=8):
+                counts.append([len(parts) for parts in pictures])
+                for parts in pictures:
+                    file.write(parts.tobytes())
+        np.save(index, np.array(counts))
+    counts, size = np.load(index), settings["image_size"]
+    pixels = np.memmap(name, np.uint8, "r").reshape(-1, size, size)
+    ends = np.cumsum(counts.ravel()).reshape(counts.shape)
+    return [[pixels[end - n : end] for end, n in zip(*pair)] for pair in zip(ends, counts)]
+
+
+def paint(levels: np.ndarray) -> torch.Tensor:
+    """Paint levels, uint8 (batch, height, width), with the colour map: float32 RGB (batch, 3, height, width)."""
+    return nn.functional.embedding(torch.from_numpy(levels).int(), MAGMA.float() / 255).permute(0, 3, 1, 2)
+
+
+# ---- Folds
+
+
+def choose_sides(rows: list[dict], generators: tuple, voices: tuple) -> tuple[list[int], dict[str, list[int]]]:
+    """Choose the clips to train on, and those to test on by what is new in them."""
+    train, test = [], {"both": [], "generator": [], "voice": []}
+    for number, row in enumerate(rows):
+        generator = row["label"] == "deepfake" and row["engine"].startswith(generators)
+        voice = any(name in row["speaker"] for name in voices)
+        if row["label"] == "original":
+            (test["both"] if voice else train).append(number)
+        elif generator:
+            test["both" if voice or "copy" not in row["engine"] else "generator"].append(number)
+        else:
+            (test["voice"] if voice else train).append(number)
+    held = {rows[number]["group"] for name in test for number in test[name] if "copy" in rows[number]["engine"]}
+    held |= {rows[number]["group"] for number in test["both"] if rows[number]["label"] == "original"}
+    return [number for number in train if rows[number]["group"] not in held], test
+
+
+# ---- Training
+
+
+def change_plainly(images: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Flip and rotate by up to 10 degrees, as tutorials do."""
+    flip = torch.rand(len(images), 1, 1, 1, generator=draw) < 0.5
+    images = torch.where(flip, images.flip(3), images)
+    angle = (torch.rand(len(images), generator=draw) - 0.5) * math.radians(20)
+    rows = torch.stack([angle.cos(), -angle.sin(), 0 * angle, angle.sin(), angle.cos(), 0 * angle], 1).view(-1, 2, 3)
+    grid = nn.functional.affine_grid(rows, list(images.shape), align_corners=False)
+    return nn.functional.grid_sample(images, grid, align_corners=False)
+
+
+def train(recipe: dict, pictures: list, labels: np.ndarray, chosen: list[int], seed: int, compute: trainer.Compute):
+    """Train a network on one random part of each clip in each epoch."""
+    torch.manual_seed(seed)
+    model = trainer.build_model(None, compute)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe["ema"]), use_buffers=True
+    )
+    weights = torch.tensor(1 / np.bincount(labels[chosen]), dtype=torch.float32)
+    loss_fn = nn.CrossEntropyLoss(weights / weights.mean(), label_smoothing=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), recipe["rate"], weight_decay=0.05, fused=True)
+    steps = recipe["epochs"] * (len(chosen) // 32)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(trainer.scale_rate, steps=steps))
+    which = [CONDITIONS.index(name) for name in recipe["copies"]]
+    numpy_draw, draw = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(recipe["epochs"]):
+        order = numpy_draw.permutation(chosen)
+        for start in range(0, len(order) - 31, 32):
+            batch = order[start : start + 32]
+            copies = [pictures[clip][numpy_draw.choice(which)] for clip in batch]
+            images = paint(np.stack([parts[numpy_draw.integers(len(parts))] for parts in copies]))
+            if recipe["augment"] == "flips and rotation":
+                images = change_plainly(images, draw)
+            elif recipe["augment"]:
+                images = trainer.augment(images, COLOURS, recipe["crop"], draw)
+            else:
+                width = round(recipe["crop"] * images.shape[3])
+                images = images[
+                    :, :, :, (first := int(numpy_draw.integers(images.shape[3] - width + 1))) : first + width
+                ]
+            with compute.autocast():
+                logits = model(trainer.to_input(images))
+            optimizer.zero_grad()
+            loss_fn(logits.float(), torch.from_numpy(labels[batch])).backward()
+            optimizer.step()
+            schedule.step()
+            if recipe["ema"]:
+                average.update_parameters(model)
+    return (average.module if recipe["ema"] else model).eval()
+
+
+@torch.inference_mode()
+def score(model: nn.Module, pictures: list, clips: list[int], copy: int, compute: trainer.Compute) -> np.ndarray:
+    """Score clips by the mean over their parts of logit Deepfake - logit Original."""
+    levels = np.concatenate([pictures[clip][copy] for clip in clips])
+    owner = np.repeat(np.arange(len(clips)), [len(pictures[clip][copy]) for clip in clips])
+    scores = []
+    for start in range(0, len(levels), 32):
+        with compute.autocast():
+            logits = model(trainer.to_input(paint(levels[start : start + 32]))).float()
+        scores.append((logits[:, 0] - logits[:, 1]).numpy())
+    return np.bincount(owner, np.concatenate(scores)) / np.bincount(owner)
+
+
+# ---- Measures
+
+
+def compute_eer(fake: np.ndarray, genuine: np.ndarray) -> float:
+    """Compute the equal error rate of scores that are higher for fakes."""
+    from sklearn.metrics import roc_curve
+
+    accused, found, _ = roc_curve(np.r_[np.ones(len(fake)), np.zeros(len(genuine))], np.r_[fake, genuine])
+    nearest = np.argmin(np.abs(accused + found - 1))
+    return float(accused[nearest] + 1 - found[nearest]) / 2
+
+
+def run_fold(recipe: dict, pictures: list, rows: list[dict], fold: int, seed: int, compute: trainer.Compute) -> dict:
+    """Train on a fold and measure: {name of a measure: value}."""
+    labels = np.array([int(row["label"] == "original") for row in rows])
+    chosen, test = choose_sides(rows, *FOLDS[fold])
+    draw = np.random.default_rng(seed)
+    groups = sorted({rows[number]["group"] for number in chosen})
+    held = set(draw.permutation(groups)[: len(groups) // 10].tolist())
+    validation = [number for number in chosen if rows[number]["group"] in held]
+    chosen = draw.permutation([number for number in chosen if rows[number]["group"] not in held])[: recipe.get("clips")]
+    started = time.perf_counter()
+    model = train(recipe, pictures, labels, chosen.tolist(), seed, compute)
+    measures = {"training_s": time.perf_counter() - started, "clips": len(chosen)}
+
+    clean = score(model, pictures, validation, 0, compute)
+    threshold = float(np.mean([clean[labels[validation] == label].mean() for label in (0, 1)]))
+    candidates = np.sort(clean)
+    errors = [
+        abs((clean[labels[validation] == 0] < t).mean() - (clean[labels[validation] == 1] >= t).mean())
+        for t in candidates
+    ]
+    threshold = float(candidates[int(np.argmin(errors))])
+    measures["validation_eer"] = compute_eer(clean[labels[validation] == 0], clean[labels[validation] == 1])
+    both = np.array(test["both"])
+    for copy, condition in enumerate(CONDITIONS):
+        scores = score(model, pictures, test["both"], copy, compute)
+        fake, genuine = scores[labels[both] == 0], scores[labels[both] == 1]
+        measures[f"eer_{condition}"] = compute_eer(fake, genuine)
+        if condition == "clean":
+            measures["half_total_error"] = ((fake < threshold).mean() + (genuine >= threshold).mean()) / 2
+            known = score(model, pictures, validation, 0, compute)[labels[validation] == 1]
+            measures["eer_new_generator_known_voices"] = compute_eer(fake, known)
+            known = score(model, pictures, validation, 0, compute)[labels[validation] == 0]
+            measures["eer_known_generators_new_voices"] = compute_eer(known, genuine)
+            for engine in sorted({rows[number]["engine"] for number in test["both"]} - {""}):
+                part = np.array([rows[number]["engine"] == engine for number in test["both"]])
+                measures[f"eer_clean_{engine}"] = compute_eer(scores[part], genuine)
+    return measures
+
+
+# ---- Main
+
+
+def print_table(results: list[dict]) -> None:
+    """Print for each recipe and measure the mean over folds and seeds, and the spread over seeds."""
+    print("| recipe | measure | mean | lowest fold | highest fold | runs |\n|---|---|---|---|---|---|")
+    for recipe in dict.fromkeys(row["recipe"] for row in results):
+        mine = [row for row in results if row["recipe"] == recipe]
+        for measure in dict.fromkeys(row["measure"] for row in mine):
+            values = [float(row["value"]) for row in mine if row["measure"] == measure]
+            cells = [f"{number:.3f}" for number in (np.mean(values), min(values), max(values))]
+            print(f"| {recipe} | {measure} | {' | '.join(cells)} | {len(values)} |")
+
+
+def main() -> None:
+    """Run what is not in results.csv yet, print the table."""
+    WORK_DIR.mkdir(exist_ok=True)
+    with open(CORPUS_DIR / "manifest.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    path, fields = WORK_DIR / "results.csv", ["recipe", "fold", "seed", "measure", "value"]
+    results = []
+    if path.exists():
+        with open(path, newline="") as file:
+            results = list(csv.DictReader(file))
+    compute = trainer.choose_compute("auto")
+    for seed in SEEDS:
+        for fold in range(len(FOLDS)):
+            for name in sys.argv[1:] or RECIPES:
+                if any((row["recipe"], row["fold"], row["seed"]) == (name, str(fold), str(seed)) for row in results):
+                    continue
+                recipe = {**BASE, **RECIPES[name]}
+                pictures = load_pictures(rows, {**FORMAT, **recipe["format"]})
+                measures = run_fold(recipe, pictures, rows, fold, seed, compute)
+                print(name, fold, seed, {key: round(value, 3) for key, value in measures.items()}, flush=True)
+                results += [
+                    dict(zip(fields, (name, str(fold), str(seed), key, value))) for key, value in measures.items()
+                ]
+                with open(path, "w", newline="") as file:
+                    writer = csv.DictWriter(file, fields)
+                    writer.writeheader()
+                    writer.writerows(results)
+    print_table(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Laundered copies: each kind is measured on what comes out."""
+
+import json
+import re
+
+import make_spectrograms as maker
+import numpy as np
+import pytest
+from conftest import MAKER, run
+from PIL import Image
+from scipy.io import wavfile
+from scipy.signal import welch
+
+RATE = 16000
+SETTINGS = {"snr_range_db": (5, 30), "rt60_range_s": (0.2, 0.8), "seed": 0, "sample_rate": RATE}
+SEEDS = range(8)
+
+
+def make_voice(seed=0, seconds=2.0):
+    """Bursts of noise with a voice-like slope: float64, peak 1."""
+    draw = np.random.default_rng(seed)
+    samples = np.convolve(draw.normal(size=int(seconds * RATE)), np.exp(-np.arange(40) / 8), mode="same")
+    samples *= 0.1 + (np.sin(np.arange(len(samples)) / RATE * 2 * np.pi * 3) > 0)
+    return samples / np.abs(samples).max()
+
+
+def write_voices(folder, names):
+    folder.mkdir(parents=True)
+    for number, name in enumerate(names):
+        wavfile.write(folder / f"{name}.wav", RATE, (make_voice(number) * 32000).astype(np.int16))
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_noise_has_the_ratio_that_is_noted(seed, tmp_path):
+    voice, others = make_voice(), write_voices(tmp_path / "others", "abcdef")
+    noisy, words = maker.add_noise(voice, RATE, np.random.default_rng(seed), SETTINGS, others)
+    noted = float(re.search(r"SNR ([\d.]+) dB", words)[1])
+    assert 10 * np.log10(np.mean(voice**2) / np.mean((noisy - voice) ** 2)) == pytest.approx(noted, abs=0.06)
+    assert 5 <= noted <= 30
+
+
+def test_noise_is_white_pink_or_babble(tmp_path):
+    voice, others = make_voice(), write_voices(tmp_path / "others", "abcdef")
+    slopes, kinds = {}, set()
+    for seed in range(30):
+        noisy, words = maker.add_noise(voice, RATE, np.random.default_rng(seed), SETTINGS, others)
+        kinds.add(words.split()[0])
+        frequency, power = welch(noisy - voice, RATE, nperseg=512)
+        part = (frequency > 100) & (frequency < 7000)
+        slopes[words.split()[0]] = np.polyfit(np.log2(frequency[part]), 10 * np.log10(power[part]), 1)[0]
+    assert kinds == {"white", "pink", "babble"}
+    assert slopes["white"] == pytest.approx(0, abs=0.5)  # dB an octave
+    assert slopes["pink"] == pytest.approx(-3, abs=0.5)
+
+
+def measure_rt60(response):
+    """By Schroeder's backward integration, from 5 to 25 dB below the start of the tail."""
+    energy = np.cumsum(response[::-1] ** 2)[::-1]
+    level_db = 10 * np.log10(energy / energy[1] + 1e-12)
+    time_s = np.arange(len(response)) / RATE
+    part = (level_db < -5) & (level_db > -25)
+    return -60 / np.polyfit(time_s[part], level_db[part], 1)[0]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_reverberation_falls_in_the_time_that_is_noted(seed):
+    impulse = np.zeros(2 * RATE)
+    impulse[0] = 1
+    response, words = maker.add_reverb(impulse, RATE, np.random.default_rng(seed), SETTINGS, [])
+    noted_s = float(re.search(r"RT60 ([\d.]+) s", words)[1])
+    assert measure_rt60(response) == pytest.approx(noted_s, rel=0.1)
+    assert 0.2 <= noted_s <= 0.8
+    direct_db = 10 * np.log10(response[0] ** 2 / np.sum(response[1:] ** 2))
+    assert direct_db == pytest.approx(float(re.search(r"direct sound (-?[\d.]+) dB", words)[1]), abs=0.06)
+
+
+def measure_response_db(change, seed):
+    """Power of white noise after a change over that before: frequencies in Hz, dB."""
+    noise = np.random.default_rng(99).normal(size=20 * RATE)
+    after, words = change(noise, RATE, np.random.default_rng(seed), SETTINGS, [])
+    assert len(after) == len(noise)
+    frequency, before = welch(noise, RATE, nperseg=2048)
+    return frequency, 10 * np.log10(welch(after, RATE, nperseg=2048)[1] / before + 1e-12), words
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_band_ends_where_it_is_noted(seed):
+    frequency, response_db, words = measure_response_db(maker.limit_band, seed)
+    low, high = map(int, re.findall(r"\d+", words))
+    passed = frequency[response_db > -6]
+    assert abs(passed[0] - low) < 20 and abs(passed[-1] - high) < 40
+    assert response_db[(frequency > 1.3 * high)].max() < -30
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_resampling_cuts_at_half_the_lower_rate(seed):
+    frequency, response_db, words = measure_response_db(maker.resample, seed)
+    lower = int(re.search(r"(\d+) Hz", words)[1])
+    assert response_db[frequency > 0.62 * lower].max() < -35
+    assert np.abs(response_db[(frequency > 50) & (frequency < 0.4 * lower)]).max() < 1
+
+
+def snr_db(clean, changed):
+    gain = np.dot(clean, changed) / np.dot(clean, clean)
+    return 10 * np.log10(np.sum((gain * clean) ** 2) / np.sum((changed - gain * clean) ** 2))
+
+
+def test_companding_and_adpcm_reach_the_quality_of_their_standards():
+    time_s = np.arange(8000) / 8000
+    tone = 0.5 * np.sin(2 * np.pi * 440.5 * time_s)
+    quiet = tone / 30
+    assert 35 < snr_db(tone, maker.code_mu_law(tone)) < 42
+    assert 35 < snr_db(tone, maker.code_a_law(tone)) < 42
+    assert 30 < snr_db(quiet, maker.code_mu_law(quiet)) < 42  # 8 bits without companding: 12 dB here
+    assert 30 < snr_db(quiet, maker.code_a_law(quiet)) < 42
+    assert 20 < snr_db(tone, maker.code_adpcm(tone)) < 40
+    for code in (maker.code_mu_law, maker.code_a_law):
+        assert len(np.unique(code(np.linspace(-1, 1, 100_000)))) <= 256
+
+
+def test_adpcm_agrees_with_soundfile():
+    import io
+
+    import soundfile
+
+    voice = make_voice()[::2] * 0.9
+    buffer = io.BytesIO()
+    soundfile.write(buffer, voice, 8000, format="WAV", subtype="IMA_ADPCM")
+    buffer.seek(0)
+    theirs = soundfile.read(buffer)[0][: len(voice)]
+    assert snr_db(voice, maker.code_adpcm(voice)) == pytest.approx(snr_db(voice, theirs), abs=2)
+
+
+def test_every_codec_is_drawn_and_keeps_length_time_and_voice():
+    voice, seen = make_voice(), {}
+    narrow = maker.resample_poly(maker.resample_poly(voice, 7000, RATE), RATE, 7000)
+    for seed in range(60):
+        coded, words = maker.code(voice, RATE, np.random.default_rng(seed), SETTINGS, [])
+        assert len(coded) == len(voice)
+        lags = np.correlate(coded, narrow[1000:-1000], mode="valid")
+        assert abs(np.argmax(lags) - 1000) <= 20, words
+        seen[words.split()[0]] = lags.max() / np.linalg.norm(coded) / np.linalg.norm(narrow)
+    assert set(seen) == set(maker.CODECS)
+    assert min(seen.values()) > 0.6
+
+
+def test_gain_leaves_few_steps_and_clipping_cuts_the_peaks():
+    voice = make_voice()
+    for seed in SEEDS:
+        draw = np.random.default_rng(seed)
+        quiet, words = maker.lower_gain(voice, RATE, draw, SETTINGS, [])
+        gain_db = float(re.search(r"(-[\d.]+) dB", words)[1])
+        assert np.abs(quiet).max() == pytest.approx(32767 * 10 ** (gain_db / 20), rel=0.01, abs=1)
+        clipped, words = maker.clip(voice, RATE, draw, SETTINGS, [])
+        assert np.abs(clipped).max() == pytest.approx(float(words.split()[2]), abs=0.006)
+
+
+def test_script_makes_every_copy_the_same_in_each_run_and_class(tmp_path):
+    conditions = ["clean", *maker.LAUNDERING, "reverb+noise"]
+    for kind in ("original", "deepfake"):
+        write_voices(tmp_path / "audio" / kind, ["a__x", "b"])
+    content = {}
+    for kind, folder in (("original", "one"), ("original", "two"), ("deepfake", "three")):
+        constants = {"INPUT_DIR": f"audio/{kind}", "OUTPUT_DIR": folder, "CONDITIONS": conditions}
+        outcome = run(tmp_path, MAKER, **constants)
+        assert outcome.status == 0, outcome.err
+        content[folder] = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+    assert content["one"] == content["two"]
+    expected = {f"a__{name}-x.png" for name in conditions} | {f"b__{name}.png" for name in conditions}
+    assert set(content["one"]) == expected
+    words = {}
+    for folder in ("one", "three"):
+        for name in expected:
+            with Image.open(tmp_path / folder / name) as image:
+                words[folder, name] = json.loads(image.text["spectrogram"]).get("laundering")
+    assert all(words["one", name] == words["three", name] for name in expected)
+    assert words["one", "b__clean.png"] is None
+    assert "RT60" in words["one", "b__reverb+noise.png"] and "SNR" in words["one", "b__reverb+noise.png"]
+    assert len({content["one"][f"b__{name}.png"] for name in conditions}) == len(conditions)
+
+
+def test_clean_images_do_not_mind_the_settings_of_laundering(tmp_path):
+    write_voices(tmp_path / "audio", ["a"])
+    constants = {"INPUT_DIR": "audio", "OUTPUT_DIR": "images"}
+    assert run(tmp_path, MAKER, **constants, CONDITIONS=("clean", "noise")).status == 0
+    assert run(tmp_path, MAKER, **constants, CONDITIONS=("clean",), SEED=1).status == 0
+    outcome = run(tmp_path, MAKER, **constants, CONDITIONS=("clean", "noise"), SEED=1)
+    assert outcome.status == 2
+    assert "a__noise.png was made with SEED = 0, now it is 1" in outcome.err
+
+
+def test_unknown_condition_is_refused(tmp_path):
+    write_voices(tmp_path / "audio", ["a"])
+    outcome = run(tmp_path, MAKER, INPUT_DIR="audio", OUTPUT_DIR="images", CONDITIONS=("clean", "noise+echo"))
+    assert outcome.status == 2
+    assert "CONDITIONS = ('clean', 'noise+echo') (allowed: some of clean, noise, reverb" in outcome.err
