@@ -14,6 +14,7 @@ About 100 images a second on two cores.
 
 from __future__ import annotations
 
+import copy
 import csv
 import datetime
 import hashlib
@@ -30,6 +31,7 @@ import textwrap
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
@@ -68,6 +70,7 @@ LABELS = {  # what actual_output may say, without regard to case and surrounding
 REPORT_ORDER = ("Original", "Deepfake")
 CHECKPOINT_FORMAT = 1
 SPOOF_PRIOR, COST_MISS, COST_FALSE_ALARM = 0.05, 1, 10  # ASVspoof 5's costs of detection: Wang et al., 2024, section 3
+COLOURS = {"Original": "#0072B2", "Deepfake": "#D55E00"}  # told apart by the colour-blind: Okabe and Ito, 2008
 FEW_ROWS = 20  # fewer are marked in the report
 BARE_FACTS = {  # stand in where a file holds weights only
     "classes": list(CLASSES),
@@ -97,6 +100,15 @@ class Job(NamedTuple):
     delimiter: str
     images: dict[int, str]  # row number -> absolute path of its image; rows that are blank lines are missing
     labels: Optional[dict[int, str]]  # row number -> class; rows with a blank label are missing; None: no such column
+
+
+class Judged(NamedTuple):
+    """What was found out about each image, by its path."""
+
+    margins: dict[str, float]  # logit Deepfake - logit Original
+    llr: dict[str, float]  # calibrated log-likelihood ratio, higher = more bona fide
+    fingerprints: dict[str, int]
+    unreadable: dict[str, str]  # the reasons why
 
 
 # ---- CSV
@@ -374,20 +386,16 @@ def count_workers(setting: Optional[int]) -> int:
 
 
 @torch.inference_mode()
-def score_images(
-    paths: list[str], model: nn.Module, facts: dict, compute: Compute
-) -> tuple[dict[str, float], dict[str, int], dict[str, str]]:
-    """Compute each image's margin, logit Deepfake - logit Original, once.
+def score_images(paths: list[str], model: nn.Module, facts: dict, compute: Compute) -> Judged:
+    """Judge each image once.
 
     For a GPU, worker processes read ahead. On a CPU they would fight with the network for the cores (measured:
     150 images a second with two workers, 166 without): there, threads read a batch on all cores, then the
     network takes all cores.
-
-    Returns:
-        {path: margin}, {path: fingerprint} and {unreadable path: reason}.
     """
     started = time.perf_counter()
-    model = fuse_norms(model).to(compute.device, memory_format=torch.channels_last)
+    model = fuse_norms(copy.deepcopy(model)).to(compute.device, memory_format=torch.channels_last)
+    head, model.fc = model.fc, nn.Identity()  # in float32: bfloat16 logits would tie
     mean, std = (torch.tensor(facts[name], device=compute.device).view(3, 1, 1) * 255 for name in ("mean", "std"))
     fake = facts["classes"].index("Deepfake")
     on_gpu = compute.device.type == "cuda"
@@ -399,7 +407,8 @@ def score_images(
         for pixels, batch_fingerprints, batch_reasons in loader:
             inputs = pixels.to(compute.device, non_blocking=True).float().sub_(mean).div_(std)
             with compute.autocast():
-                logits = model(inputs.contiguous(memory_format=torch.channels_last)).float()
+                features = model(inputs.contiguous(memory_format=torch.channels_last))
+            logits = head(features.float())
             margins.append(logits[:, fake] - logits[:, 1 - fake])
             fingerprints += batch_fingerprints.tolist()
             reasons.update((progress.n + row, reason) for row, reason in enumerate(batch_reasons) if reason)
@@ -407,7 +416,13 @@ def score_images(
     values = torch.cat(margins).tolist()
     print(f"Judged {len(paths):,} images in {time.perf_counter() - started:.2f} s")
     judged = {path: values[i] for i, path in enumerate(paths) if i not in reasons}
-    return judged, dict(zip(paths, fingerprints)), {paths[i]: reason for i, reason in reasons.items()}
+    scale, offset = facts["calibration"]["scale"], facts["calibration"]["offset"]
+    return Judged(
+        judged,
+        {path: -(scale * margin + offset) for path, margin in judged.items()},
+        dict(zip(paths, fingerprints)),
+        {paths[i]: reason for i, reason in reasons.items()},
+    )
 
 
 # ---- Outputs
@@ -580,17 +595,33 @@ def estimate_intervals(
     return {name: np.quantile(np.concatenate(parts), (0.025, 0.975)).tolist() for name, parts in values.items()}
 
 
-def draw_confusion(path: Path, counts: np.ndarray) -> None:
-    """Draw a confusion matrix with counts and row percentages. C[i, j]: true i, predicted j, in REPORT_ORDER."""
+def start_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple:
+    """Start a figure, inches, without a screen. Returns the figure and its axes, shape (rows, columns)."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import seaborn
     from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+
+
+def write_figure(path: Path, figure: object) -> None:
+    """Write a figure as PNG, and close it."""
+    from matplotlib import pyplot
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    pyplot.close(figure)
+    write_file(path, buffer.getvalue())
+
+
+def draw_confusion(path: Path, counts: np.ndarray) -> None:
+    """Draw a confusion matrix with counts and row percentages. C[i, j]: true i, predicted j, in REPORT_ORDER."""
+    figure, ((axes,),) = start_figure(5.2, 4.4)
+    import seaborn
 
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     texts = [[f"{count:,}\n{share:.1%}" for count, share in zip(*row)] for row in zip(counts, shares)]
-    figure, axes = pyplot.subplots(figsize=(5.2, 4.4), layout="constrained")
     seaborn.heatmap(
         shares,
         annot=np.array(texts),
@@ -604,11 +635,116 @@ def draw_confusion(path: Path, counts: np.ndarray) -> None:
         cbar_kws={"label": "share of the true class"},
         ax=axes,
     )
-    axes.set(xlabel="predicted_output", ylabel="actual_output", title=f"{path.stem}: {counts.sum():,} images")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
-    write_file(path, buffer.getvalue())
+    axes.set(xlabel="predicted_output", ylabel="actual_output", title=f"{shorten(path.stem)}: {counts.sum():,} images")
+    write_figure(path, figure)
+
+
+def shorten(text: str, length: int = 40) -> str:
+    """Cut a long name in its middle."""
+    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-(length - length // 2) :]}"
+
+
+def draw_curves(path: Path, name: str, table: pandas.DataFrame) -> None:
+    """Draw the DET curve with its operating points, and the scores of both classes with the threshold."""
+    from scipy.stats import norm
+
+    llr, is_fake = table["llr"].to_numpy(float), table["is_fake"].to_numpy(bool)
+    figure, ((left, right),) = start_figure(11, 4.8, 1, 2)
+    misses, false_alarms = walk_errors(llr, is_fake, np.ones((1, len(llr))))
+    ticks = np.array([0.001, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99])
+    edge = norm.ppf(np.array([0.0005, 0.995]))
+
+    def place(rate: np.ndarray) -> np.ndarray:
+        return np.clip(norm.ppf(np.clip(rate, 1e-9, 1 - 1e-9)), *edge)
+
+    left.plot(place(false_alarms[0]), place(misses[0]), color=COLOURS["Original"], label="DET curve")
+    called_fake = to_scores(llr) >= 0.5
+    own = (np.array((~called_fake)[is_fake].mean()), np.array(called_fake[~is_fake].mean()))
+    rate = compute_eer(misses, false_alarms)[0]
+    left.plot(*map(place, own), "s", color=COLOURS["Deepfake"], label=f"own threshold: {own[1]:.1%} and {own[0]:.1%}")
+    left.plot(place(rate), place(rate), "ok", label=f"equal error rate: {rate:.1%}")
+    left.plot(edge, edge, ":", color="grey")
+    left.set(xlabel="fakes called Original", ylabel="originals called Deepfake", title=f"DET, {shorten(name)}")
+    left.set(xlim=edge, ylim=edge)
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_ticks(norm.ppf(ticks), [f"{100 * tick:g} %" for tick in ticks])
+    left.legend(loc="lower left")
+    left.grid(alpha=0.3)
+    limits = np.quantile(llr, (0.002, 0.998)) + (-0.1, 0.1)
+    bins = np.linspace(min(limits[0], -0.5), max(limits[1], 0.5), 41)
+    for label in REPORT_ORDER:
+        values = np.clip(llr[is_fake == (label == "Deepfake")], bins[0], bins[-1])
+        shares = np.full(len(values), 100 / len(values))
+        right.hist(values, bins, weights=shares, alpha=0.55, color=COLOURS[label], label=f"{label}, {len(values):,}")
+    right.axvline(0, color="black", linestyle="--", label="threshold: deepfake_score 0.5")
+    right.set(xlabel="log-likelihood ratio (nats): fake  ←  → original", ylabel="% of the class", title="Scores")
+    right.legend()
+    write_figure(path, figure)
+
+
+def draw_conditions(path: Path, parts: list[dict], total: Optional[float]) -> None:
+    """Draw the EER with its interval for each value of the REPORT_BY columns, the worst on top; 40 at most a column."""
+    columns = list(dict.fromkeys(part["column"] for part in parts))
+    chosen = {name: [p for p in parts if p["column"] == name and p["eer"] is not None][:40] for name in columns}
+    height = 1.6 + 0.32 * max(len(group) for group in chosen.values())
+    figure, axes = start_figure(1.5 + 5.5 * len(columns), height, 1, len(columns))
+    for axis, (name, group) in zip(axes[0], chosen.items()):
+        for place, part in enumerate(reversed(group)):
+            low, high = part["eer_interval_95"] or (part["eer"], part["eer"])
+            axis.plot([100 * low, 100 * high], [place, place], color=COLOURS["Original"], alpha=0.5, linewidth=3)
+            mark = "o" if part["rows"] >= FEW_ROWS else "x"
+            axis.plot(100 * part["eer"], place, mark, color=COLOURS["Deepfake"])
+        labels = [f"{shorten(part['value'], 30)} ({part['rows']:,})" for part in reversed(group)]
+        axis.set_yticks(range(len(group)), labels)
+        if total is not None:
+            axis.axvline(100 * total, color="black", linestyle=":", label=f"all: {total:.1%}")
+            axis.legend(loc="lower right")
+        axis.set(xlabel=f"EER, % (95 % interval; x: under {FEW_ROWS} rows)", title=f"By {name} (rows)", xlim=(0, 100))
+        axis.grid(axis="x", alpha=0.3)
+    write_figure(path, figure)
+
+
+@torch.inference_mode()
+def map_activations(model: nn.Module, pixels: torch.Tensor, facts: dict) -> torch.Tensor:
+    """Map where in an image the evidence for the deciding class lies: Zhou et al., 2016, section 2.
+
+    Args:
+        model: as `load_detector` returns it; pixels: uint8, shape (3, size, size).
+
+    Returns:
+        float32, shape (size, size), 0 to 1.
+    """
+    kept = []
+    hook = model.layer4.register_forward_hook(lambda *results: kept.append(results[-1]))
+    mean, std = (torch.tensor(facts[name]).view(3, 1, 1) * 255 for name in ("mean", "std"))
+    decided = model(((pixels.float() - mean) / std)[None]).argmax()
+    hook.remove()
+    evidence = torch.einsum("c,chw->hw", model.fc.weight[decided], kept[0][0])[None, None]
+    evidence = nn.functional.interpolate(evidence, pixels.shape[1:], mode="bilinear")[0, 0].clamp_min(0)
+    return evidence / evidence.max().clamp_min(1e-9)
+
+
+def draw_mistakes(path: Path, table: pandas.DataFrame, model: nn.Module, facts: dict) -> None:
+    """Draw the most confident mistakes of each kind above the most confident right verdicts, with activation maps."""
+    wrong = (to_scores(table["llr"].to_numpy(float)) >= 0.5) != table["is_fake"].to_numpy(bool)
+    kinds = [(mistake, label) for mistake in (True, False) for label in REPORT_ORDER]
+    figure, axes = start_figure(12, 13, 4, 4)
+    for row, (mistake, label) in zip(axes, kinds):
+        group = table[(wrong == mistake) & (table["label"] == label)]
+        group = group.reindex(group["llr"].abs().sort_values(ascending=False).index)
+        row[0].set_ylabel(f"{label}\n" + ("called " + REPORT_ORDER[label == "Original"] if mistake else "rightly"))
+        for axis, path_llr in zip_longest(row, zip(group["path"][:4], group["llr"][:4])):
+            axis.set(xticks=[], yticks=[])
+            if path_llr is None:
+                axis.set_title("none", fontsize=8)
+                continue
+            pixels = read_image(path_llr[0], facts["image_size"])
+            axis.imshow(pixels.permute(1, 2, 0).numpy(), aspect="auto")
+            axis.contour(map_activations(model, pixels, facts).numpy(), levels=[0.5], colors="cyan", linewidths=1)
+            name = os.path.splitext(os.path.basename(path_llr[0]))[0]
+            axis.set_title(f"score {to_scores(np.array(path_llr[1])).item():.3f}\n{shorten(name, 36)}", fontsize=8)
+    figure.suptitle("The most confident verdicts; cyan: where the evidence for the verdict is strongest")
+    write_figure(path, figure)
 
 
 def choose_rows(job: Job, llr: dict[str, float], facts: dict) -> pandas.DataFrame:
@@ -740,7 +876,7 @@ def write_verdict(name: str, entry: dict) -> list[str]:
     if entry["eer"] is not None and entry["half_total_error"] - entry["eer"] > 0.05:
         doubts.append("the threshold fits validation better than this set")
     doubts.append("voices, generators and channels other than these may do worse")
-    return [good, what + ".", "Doubt it in that " + "; ".join(doubts) + "."]
+    return [good, what + ".", "To be doubted: " + "; ".join(doubts) + "."]
 
 
 def format_report(name: str, entry: dict) -> str:
@@ -814,16 +950,14 @@ def write_tables(
         write_file(stem.with_name(f"{stem.name}_recordings.csv"), merged.to_csv(index=False).encode())
 
 
-def report(
-    job: Job, margins: dict[str, float], llr: dict[str, float], facts: dict, fingerprints: dict
-) -> Optional[dict]:
+def report(job: Job, judged: Judged, model: nn.Module, facts: dict) -> Optional[dict]:
     """Write all that belongs to one CSV. Returns its entry for the summary, None where nothing can be measured."""
     from sklearn.metrics import classification_report, confusion_matrix
 
-    table = choose_rows(job, llr, facts)
+    table = choose_rows(job, judged.llr, facts)
     stem = job.path.with_suffix("")
     if not len(table):
-        write_tables(stem, job, table, llr, table)
+        write_tables(stem, job, table, judged.llr, table)
         why = "it has no column actual_output" if job.labels is None else "no row has both a label and a verdict"
         print(f"{job.path.name}: no report, since {why}")
         return None
@@ -832,7 +966,7 @@ def report(
     names = {"labels": list(REPORT_ORDER), "zero_division": 0}
     counts = confusion_matrix(table["label"], verdicts, labels=list(REPORT_ORDER))
     is_fake = table["is_fake"].to_numpy(bool)
-    raw = measure(-np.array([margins[path] for path in table["path"]]), is_fake)
+    raw = measure(-np.array([judged.margins[path] for path in table["path"]]), is_fake)
     entry = {
         "rows": len(job.images),
         "labels": {name: int((table["label"] == name).sum()) for name in REPORT_ORDER},
@@ -843,13 +977,18 @@ def report(
         "classification_report": classification_report(table["label"], verdicts, output_dict=True, **names),
         "classification_report_text": classification_report(table["label"], verdicts, digits=4, **names).rstrip(),
         "by_condition": measure_conditions(table),
-        "seen": describe_seen(table, count_seen(table, facts, fingerprints)),
+        "seen": describe_seen(table, count_seen(table, facts, judged.fingerprints)),
     }
     text = format_report(job.path.name, entry)
     del entry["classification_report_text"]
     write_file(stem.with_name(stem.name + "_report.txt"), text.encode())
-    write_tables(stem, job, table, llr, merged)
+    write_tables(stem, job, table, judged.llr, merged)
     draw_confusion(stem.with_name(stem.name + ".png"), counts)
+    draw_mistakes(stem.with_name(stem.name + "_mistakes.png"), table, model, facts)
+    if entry["eer"] is not None:
+        draw_curves(stem.with_name(stem.name + "_curves.png"), stem.name, table)
+    if entry["by_condition"]:
+        draw_conditions(stem.with_name(stem.name + "_conditions.png"), entry["by_condition"], entry["eer"])
     print(f"\n{text}")
     return {"file": job.path.name, "report": text, **entry}
 
@@ -903,9 +1042,7 @@ def main() -> int:
         print(f"{job.path.name}: {len(job.images):,} rows; labels: {counts if labels else 'none'}")
 
     paths = list(dict.fromkeys(path for job in jobs for path in job.images.values()))
-    margins, fingerprints, unreadable = score_images(paths, model, facts, compute)
-    scale, offset = facts["calibration"]["scale"], facts["calibration"]["offset"]
-    llr = {path: -(scale * margin + offset) for path, margin in margins.items()}
+    judged = score_images(paths, model, facts, compute)
     origin = {
         "model": str(MODEL_PATH),
         "model_sha256": hashlib.sha256(model_path.read_bytes()).hexdigest(),
@@ -920,14 +1057,14 @@ def main() -> int:
     }
     summary, left_out = [], 0
     for job in jobs:
-        content = write_predictions(job, llr)
-        bad = [(number, path) for number, path in job.images.items() if path in unreadable]
+        content = write_predictions(job, judged.llr)
+        bad = [(number, path) for number, path in job.images.items() if path in judged.unreadable]
         for number, path in bad:
-            print(f"no verdict: {job.path.name}, row {number}: {path}: {unreadable[path]}", file=sys.stderr)
+            print(f"no verdict: {job.path.name}, row {number}: {path}: {judged.unreadable[path]}", file=sys.stderr)
         left_out += len(bad)
-        entry = report(job, margins, llr, facts, fingerprints)
+        entry = report(job, judged, model, facts)
         if entry is not None:
-            unreadable_rows = [{"row": number, "reason": unreadable[path]} for number, path in bad]
+            unreadable_rows = [{"row": number, "reason": judged.unreadable[path]} for number, path in bad]
             csv_hash = hashlib.sha256(content).hexdigest()
             summary.append({**entry, "unreadable_rows": unreadable_rows, "csv_sha256": csv_hash, **origin})
     print("Predictions written into " + ", ".join(str(job.path) for job in jobs))

@@ -861,7 +861,7 @@ def fit_calibration(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, flo
     regression = LogisticRegression(C=1e6, max_iter=1000).fit(
         np.tile(margins / spread, 2)[:, None], np.concatenate([is_fake, ~is_fake]), np.concatenate(weights)
     )
-    scale, offset = regression.coef_.item() / spread, regression.intercept_.item()
+    scale, offset = float(regression.coef_.item() / spread), float(regression.intercept_.item())
     return {"scale": scale, "offset": offset} if scale > 0 else {"scale": 1.0, "offset": 0.0}
 
 
