@@ -14,23 +14,28 @@ About 100 images a second on two cores.
 
 from __future__ import annotations
 
+import copy
 import csv
 import ctypes
 import datetime
 import hashlib
 import io
 import json
+import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -43,12 +48,16 @@ from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    import pandas
+
 # ------------------------------------------------------------------------------------------------
 # Settings. Relative paths start at this script's folder.
 # Paths
 MODEL_PATH = Path("models/experiments/best_laundered_processed.pth")
 IMG_BASE_PATH = Path("data")  # img_path is relative to this folder
 CSV_FILES = ["test_data/test.csv"]
+REPORT_BY = ("source", "condition")  # columns of the CSV by whose values the report is broken down, where they exist
 # System
 BATCH_SIZE = 32  # images; larger is slower on a CPU
 WORKERS = None  # processes that read images; 0: the main process; None: what fits the machine and the job
@@ -62,12 +71,16 @@ LABELS = {  # what actual_output may say, without regard to case and surrounding
 }
 REPORT_ORDER = ("Original", "Deepfake")
 CHECKPOINT_FORMAT = 1
+SPOOF_PRIOR, COST_MISS, COST_FALSE_ALARM = 0.05, 1, 10  # ASVspoof 5's costs of detection: Wang et al., 2024, section 3
+COLOURS = {"Original": "#0072B2", "Deepfake": "#D55E00"}  # told apart by the colour-blind: Okabe and Ito, 2008
+FEW_ROWS = 20  # fewer are marked in the report
 BARE_FACTS = {  # stand in where a file holds weights only
     "classes": list(CLASSES),
     "image_size": 224,
     "mean": [0.485, 0.456, 0.406],  # ImageNet's: pytorch.org/vision/stable/models.html, ResNet18_Weights
     "std": [0.229, 0.224, 0.225],
     "calibration": {"scale": 1.0, "offset": 0.0},
+    "recording_pattern": r"^(.+?)__",
 }
 
 
@@ -89,6 +102,15 @@ class Job(NamedTuple):
     delimiter: str
     images: dict[int, str]  # row number -> absolute path of its image; rows that are blank lines are missing
     labels: Optional[dict[int, str]]  # row number -> class; rows with a blank label are missing; None: no such column
+
+
+class Judged(NamedTuple):
+    """What was found out about each image, by its path."""
+
+    margins: dict[str, float]  # logit Deepfake - logit Original
+    llr: dict[str, float]  # calibrated log-likelihood ratio, higher = more bona fide
+    fingerprints: dict[str, int]
+    unreadable: dict[str, str]  # the reasons why
 
 
 # ---- CSV
@@ -337,8 +359,20 @@ def read_image(path: str, size: int) -> torch.Tensor:
     return pixels[:3].contiguous()
 
 
+def take_fingerprint(content: bytes) -> int:
+    """Hash bytes, or an array of decoded pixels, to a signed integer of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def name_recording(path: str, pattern: str) -> str:
+    """Name the recording that an image belongs to, by the image's file name."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    match = re.search(pattern, stem)
+    return (match and match.group(1)) or stem
+
+
 class Images(Dataset):
-    """Item i is (pixels, ""), or (zeros, the reason why path i cannot be read); batches are read by threads."""
+    """Item i is (pixels, fingerprint, ""), or (zeros, 0, the reason why path i cannot be read)."""
 
     def __init__(self, paths: list[str], size: int, threads: int) -> None:
         self.paths, self.size, self.threads = paths, size, threads
@@ -346,14 +380,15 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
         try:
-            return read_image(self.paths[index], self.size), ""
+            pixels = read_image(self.paths[index], self.size)
+            return pixels, take_fingerprint(pixels.numpy()), ""
         except Exception as error:  # Pillow's decoders raise many kinds; every one is reported by name
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), reason
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, reason
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, str]]:
+    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int, str]]:
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(self.__getitem__, indices))
 
@@ -365,40 +400,43 @@ def count_workers(setting: Optional[int]) -> int:
 
 
 @torch.inference_mode()
-def score_images(
-    paths: list[str], model: nn.Module, facts: dict, compute: Compute
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Score each image once.
+def score_images(paths: list[str], model: nn.Module, facts: dict, compute: Compute) -> Judged:
+    """Judge each image once.
 
     For a GPU, worker processes read ahead. On a CPU they would fight with the network for the cores (measured:
     150 images a second with two workers, 166 without): there, threads read a batch on all cores, then the
     network takes all cores.
-
-    Returns:
-        {path: deepfake_score}, 0 to 1 with six decimals, and {unreadable path: reason}.
     """
     started = time.perf_counter()
-    model = fuse_norms(model).to(compute.device, memory_format=torch.channels_last)
+    model = fuse_norms(copy.deepcopy(model)).to(compute.device, memory_format=torch.channels_last)
+    head, model.fc = model.fc, nn.Identity()  # in float32: bfloat16 logits would tie
     mean, std = (torch.tensor(facts[name], device=compute.device).view(3, 1, 1) * 255 for name in ("mean", "std"))
     fake = facts["classes"].index("Deepfake")
-    scale, offset = facts["calibration"]["scale"], facts["calibration"]["offset"]
     on_gpu = compute.device.type == "cuda"
     workers = count_workers(WORKERS) if on_gpu or WORKERS else 0
     images = Images(paths, facts["image_size"], threads=1 if workers else count_workers(None))
     loader = DataLoader(images, BATCH_SIZE, num_workers=workers, pin_memory=on_gpu)
-    scores, reasons = [], {}
+    margins, fingerprints, reasons = [], [], {}
     with tqdm(total=len(paths), desc="Judging images", unit=" images", disable=None) as progress:
-        for pixels, batch_reasons in loader:
+        for pixels, batch_fingerprints, batch_reasons in loader:
             inputs = pixels.to(compute.device, non_blocking=True).float().sub_(mean).div_(std)
             with compute.autocast():
-                logits = model(inputs.contiguous(memory_format=torch.channels_last)).float()
-            scores.append(torch.sigmoid(scale * (logits[:, fake] - logits[:, 1 - fake]) + offset))
+                features = model(inputs.contiguous(memory_format=torch.channels_last))
+            logits = head(features.float())
+            margins.append(logits[:, fake] - logits[:, 1 - fake])
+            fingerprints += batch_fingerprints.tolist()
             reasons.update((progress.n + row, reason) for row, reason in enumerate(batch_reasons) if reason)
             progress.update(len(batch_reasons))
-    values = torch.cat(scores).tolist()
+    values = torch.cat(margins).tolist()
     print(f"Judged {len(paths):,} images in {time.perf_counter() - started:.2f} s")
-    judged = {path: round(values[i], 6) for i, path in enumerate(paths) if i not in reasons}
-    return judged, {paths[i]: reason for i, reason in reasons.items()}
+    judged = {path: values[i] for i, path in enumerate(paths) if i not in reasons}
+    scale, offset = facts["calibration"]["scale"], facts["calibration"]["offset"]
+    return Judged(
+        judged,
+        {path: -(scale * margin + offset) for path, margin in judged.items()},
+        dict(zip(paths, fingerprints)),
+        {paths[i]: reason for i, reason in reasons.items()},
+    )
 
 
 # ---- Outputs
@@ -420,12 +458,16 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_predictions(job: Job, scores: dict[str, float]) -> bytes:
+def write_predictions(job: Job, llr: dict[str, float]) -> bytes:
     """Write predicted_output and deepfake_score back into the CSV; every other cell keeps its text.
+
+    Args:
+        llr: {path: log-likelihood ratio}; rows of other paths stay blank.
 
     Returns:
         The file's new content.
     """
+    scores = dict(zip(llr, to_scores(np.array(list(llr.values()))).tolist()))
     header = list(job.rows[0])
     header += [name for name in ("predicted_output", "deepfake_score") if name not in header]
     verdict_column, score_column = header.index("predicted_output"), header.index("deepfake_score")
@@ -442,88 +484,158 @@ def write_predictions(job: Job, scores: dict[str, float]) -> bytes:
     return content
 
 
+def to_scores(llr: np.ndarray) -> np.ndarray:
+    """Turn log-likelihood ratios, higher = more bona fide, into deepfake_scores: 0 to 1, six decimals."""
+    return np.round(1 / (1 + np.exp(np.clip(llr, -700, 700))), 6)
+
+
 def decide(score: float) -> str:
     """Return the verdict for a deepfake_score."""
     return "Deepfake" if score >= 0.5 else "Original"
 
 
-def compute_eer(is_fake: np.ndarray, scores: np.ndarray) -> float:
-    """Compute the equal error rate: where as many fakes are missed as originals are accused.
+# ---- Measures. In the field's terms: bona fide = Original = target, higher score = more bona fide.
+
+
+def walk_errors(llr: np.ndarray, is_fake: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Walk a threshold from below all scores to the highest; equal scores are passed together.
 
     Args:
-        is_fake: bool, shape (rows,), both values present; scores: float, same shape, higher = more likely fake.
+        llr: float, shape (rows,), log-likelihood ratios, higher = more bona fide; is_fake: bool, same shape, both
+            values present.
+        weights: float, shape (draws, rows): how often each row counts.
 
     Returns:
-        The mean of the two error rates where they are nearest, 0 to 1.
+        Rates of misses (bona fide rejected, rising) and of false alarms (fakes accepted, falling), both float,
+        shape (draws, thresholds), as ASVspoof 5's evaluation package computes them on scores without ties.
     """
-    from sklearn.metrics import roc_curve
+    order = np.argsort(llr, kind="stable")
+    ends = np.flatnonzero(np.append(llr[order][1:] != llr[order][:-1], True))
+    counts = []
+    for chosen in (~is_fake, is_fake):
+        passed = np.cumsum((weights * chosen)[:, order], axis=1)[:, ends]
+        counts.append(np.concatenate([np.zeros((len(weights), 1)), passed], axis=1))
+    rejected, found = counts
+    return rejected / rejected[:, -1:], (found[:, -1:] - found) / found[:, -1:]
 
-    accused, found, _ = roc_curve(is_fake, scores, drop_intermediate=False)
-    nearest = np.argmin(np.abs(accused - (1 - found)))
-    return float(accused[nearest] + 1 - found[nearest]) / 2
+
+def compute_eer(misses: np.ndarray, false_alarms: np.ndarray) -> np.ndarray:
+    """Compute the equal error rate, the mean of both rates where they are nearest: float, shape (draws,)."""
+    nearest = np.abs(misses - false_alarms).argmin(axis=1)[:, None]
+    return (np.take_along_axis(misses, nearest, 1) + np.take_along_axis(false_alarms, nearest, 1))[:, 0] / 2
 
 
-def measure(truth: list[str], scores: list[float]) -> dict:
-    """Measure verdicts against labels; what cannot be computed is None, with its reason beside it."""
-    from sklearn.metrics import (
-        accuracy_score,
-        balanced_accuracy_score,
-        classification_report,
-        confusion_matrix,
-        roc_auc_score,
-    )
+def compute_cllr(llr: np.ndarray, is_fake: np.ndarray) -> float:
+    """Compute the cost of log-likelihood ratios in bits (Brummer and du Preez, 2006); 1: no better than no score."""
+    return float(np.logaddexp(0, -llr[~is_fake]).mean() + np.logaddexp(0, llr[is_fake]).mean()) / 2 / math.log(2)
 
-    verdicts = [decide(score) for score in scores]
-    is_fake = np.array([name == "Deepfake" for name in truth])
-    names = list(REPORT_ORDER)
-    measures = {
-        "classification_report": classification_report(
-            truth, verdicts, labels=names, output_dict=True, zero_division=0
-        ),
-        "confusion_matrix": {"order": names, "counts": confusion_matrix(truth, verdicts, labels=names).tolist()},
-        "accuracy": float(accuracy_score(truth, verdicts)),
-        "balanced_accuracy": None,
-        "roc_auc": None,
-        "eer": None,
-    }
-    if is_fake.any() and not is_fake.all():
-        measures["balanced_accuracy"] = float(balanced_accuracy_score(truth, verdicts))
-        measures["roc_auc"] = float(roc_auc_score(is_fake, scores))
-        measures["eer"] = compute_eer(is_fake, np.array(scores))
-    else:
-        measures["reason"] = f"balanced accuracy, AUC and EER need both classes; all labels are {truth[0]}"
+
+def compute_ece(llr: np.ndarray, is_fake: np.ndarray, bins: int = 10) -> float:
+    """Compute the expected calibration error of the probability of a fake, both classes weighing the same."""
+    probability = 1 / (1 + np.exp(np.clip(llr, -700, 700)))
+    weights = np.where(is_fake, 0.5 / is_fake.sum(), 0.5 / (~is_fake).sum())
+    place = np.minimum((probability * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(place, weights * (probability - is_fake), bins)).sum())
+
+
+def measure(llr: np.ndarray, is_fake: np.ndarray) -> dict[str, Optional[float]]:
+    """Measure scores against labels; what cannot be computed is None.
+
+    Args:
+        llr: float, shape (rows,), calibrated, higher = more bona fide.
+        is_fake: bool, same shape.
+    """
+    called_fake = to_scores(llr) >= 0.5
+    measures = {"accuracy": float((called_fake == is_fake).mean())}
+    names = ("balanced_accuracy", "roc_auc", "eer", "min_dcf", "act_dcf", "cllr", "ece")
+    measures |= dict.fromkeys((*names, "misses", "false_alarms", "half_total_error"))
+    if not is_fake.all():
+        measures["misses"] = float(called_fake[~is_fake].mean())
+    if is_fake.any():
+        measures["false_alarms"] = float((~called_fake)[is_fake].mean())
+    if not is_fake.any() or is_fake.all():
+        return measures
+    misses, false_alarms = walk_errors(llr, is_fake, np.ones((1, len(llr))))
+    cost_miss, cost_alarm = COST_MISS * (1 - SPOOF_PRIOR), COST_FALSE_ALARM * SPOOF_PRIOR
+    rejected = llr < -math.log(cost_miss / cost_alarm)
+    act_cost = cost_miss * rejected[~is_fake].mean() + cost_alarm * (~rejected)[is_fake].mean()
+    measures["half_total_error"] = (measures["misses"] + measures["false_alarms"]) / 2
+    measures["balanced_accuracy"] = 1 - measures["half_total_error"]
+    measures["roc_auc"] = float(compute_auc(misses, false_alarms)[0])
+    measures["eer"] = float(compute_eer(misses, false_alarms)[0])
+    measures["min_dcf"] = float((cost_miss * misses + cost_alarm * false_alarms).min()) / min(cost_miss, cost_alarm)
+    measures["act_dcf"] = float(act_cost) / min(cost_miss, cost_alarm)
+    measures["cllr"] = cllr if math.isfinite(cllr := compute_cllr(llr, is_fake)) else None
+    measures["ece"] = compute_ece(llr, is_fake)
     return measures
 
 
-def format_report(job: Job, truth: list[str], scores: list[float], measures: dict) -> str:
-    """Write the report that people read."""
-    from sklearn.metrics import classification_report
+def compute_auc(misses: np.ndarray, false_alarms: np.ndarray) -> np.ndarray:
+    """Compute the area under the ROC curve: float, shape (draws,)."""
+    mean_hits = 1 - (misses[:, 1:] + misses[:, :-1]) / 2
+    return (mean_hits * -np.diff(false_alarms)).sum(axis=1)
 
-    verdicts = [decide(score) for score in scores]
-    lines = [
-        f"{job.path.name}: {len(job.images):,} rows, {len(truth):,} of them with a label and a verdict",
-        "",
-        classification_report(truth, verdicts, labels=list(REPORT_ORDER), digits=4, zero_division=0).rstrip(),
-        "",
-    ]
-    for name, words in (("roc_auc", "Area under the ROC curve"), ("eer", "Equal error rate")):
-        lines.append(f"{words:<26}" + ("not computed" if measures[name] is None else f"{measures[name]:.4f}"))
-    if "reason" in measures:
-        lines.append(measures["reason"])
-    return "\n".join(lines) + "\n"
+
+def estimate_intervals(
+    llr: np.ndarray, is_fake: np.ndarray, recordings: list[str], draws: int = 1000
+) -> dict[str, list[float]]:
+    """Estimate 95 % intervals by bootstrap: recordings are drawn anew within each class, with all their images.
+
+    Returns:
+        {name of a measure: [low, high]}; empty where a class has fewer than two recordings.
+    """
+    numbers = {}
+    owner = np.array(
+        [numbers.setdefault((fake, name), len(numbers)) for fake, name in zip(is_fake.tolist(), recordings)]
+    )
+    of_fakes = np.array([fake for fake, _ in numbers])
+    if of_fakes.sum() < 2 or (~of_fakes).sum() < 2:
+        return {}
+    random = np.random.default_rng(0)
+    right = (to_scores(llr) >= 0.5) == is_fake
+    chunk, draws = max(1, min(50, 2_000_000 // len(llr))), max(100, min(draws, 200_000_000 // len(llr)))
+    values = {"accuracy": [], "half_total_error": [], "roc_auc": [], "eer": []}
+    for start in range(0, draws, chunk):
+        counts = np.zeros((min(chunk, draws - start), len(numbers)))
+        for members in (np.flatnonzero(of_fakes), np.flatnonzero(~of_fakes)):
+            counts[:, members] = random.multinomial(len(members), np.full(len(members), 1 / len(members)), len(counts))
+        weights = counts[:, owner]
+        misses, false_alarms = walk_errors(llr, is_fake, weights)
+        errors = [((weights * part) @ ~right) / (weights @ part) for part in (is_fake, ~is_fake)]
+        values["accuracy"].append(weights @ right / weights.sum(axis=1))
+        values["half_total_error"].append(sum(errors) / 2)
+        values["roc_auc"].append(compute_auc(misses, false_alarms))
+        values["eer"].append(compute_eer(misses, false_alarms))
+    return {name: np.quantile(np.concatenate(parts), (0.025, 0.975)).tolist() for name, parts in values.items()}
+
+
+def start_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple:
+    """Start a figure, inches, without a screen. Returns the figure and its axes, shape (rows, columns)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+
+
+def write_figure(path: Path, figure: object) -> None:
+    """Write a figure as PNG, and close it."""
+    from matplotlib import pyplot
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    pyplot.close(figure)
+    write_file(path, buffer.getvalue())
 
 
 def draw_confusion(path: Path, counts: np.ndarray) -> None:
     """Draw a confusion matrix with counts and row percentages. C[i, j]: true i, predicted j, in REPORT_ORDER."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    figure, ((axes,),) = start_figure(5.2, 4.4)
     import seaborn
-    from matplotlib import pyplot
 
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     texts = [[f"{count:,}\n{share:.1%}" for count, share in zip(*row)] for row in zip(counts, shares)]
-    figure, axes = pyplot.subplots(figsize=(5.2, 4.4), layout="constrained")
     seaborn.heatmap(
         shares,
         annot=np.array(texts),
@@ -537,31 +649,375 @@ def draw_confusion(path: Path, counts: np.ndarray) -> None:
         cbar_kws={"label": "share of the true class"},
         ax=axes,
     )
-    axes.set(xlabel="predicted_output", ylabel="actual_output", title=f"{path.stem}: {counts.sum():,} images")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
-    write_file(path, buffer.getvalue())
+    axes.set(xlabel="predicted_output", ylabel="actual_output", title=f"{shorten(path.stem)}: {counts.sum():,} images")
+    write_figure(path, figure)
 
 
-def report(job: Job, scores: dict[str, float]) -> Optional[dict]:
-    """Write report and picture of one CSV. Returns its entry for the summary, None where nothing can be measured."""
-    if job.labels is None:
-        print(f"{job.path.name}: no report, since it has no column actual_output")
+def shorten(text: str, length: int = 40) -> str:
+    """Cut a long name in its middle."""
+    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-(length - length // 2) :]}"
+
+
+def draw_curves(path: Path, name: str, table: pandas.DataFrame) -> None:
+    """Draw the DET curve with its operating points, and the scores of both classes with the threshold."""
+    from scipy.stats import norm
+
+    llr, is_fake = table["llr"].to_numpy(float), table["is_fake"].to_numpy(bool)
+    figure, ((left, right),) = start_figure(11, 4.8, 1, 2)
+    misses, false_alarms = walk_errors(llr, is_fake, np.ones((1, len(llr))))
+    ticks = np.array([0.001, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99])
+    edge = norm.ppf(np.array([0.0005, 0.995]))
+
+    def place(rate: np.ndarray) -> np.ndarray:
+        return np.clip(norm.ppf(np.clip(rate, 1e-9, 1 - 1e-9)), *edge)
+
+    left.plot(place(false_alarms[0]), place(misses[0]), color=COLOURS["Original"], label="DET curve")
+    called_fake = to_scores(llr) >= 0.5
+    own = (np.array((~called_fake)[is_fake].mean()), np.array(called_fake[~is_fake].mean()))
+    rate = compute_eer(misses, false_alarms)[0]
+    left.plot(*map(place, own), "s", color=COLOURS["Deepfake"], label=f"own threshold: {own[1]:.1%} and {own[0]:.1%}")
+    left.plot(place(rate), place(rate), "ok", label=f"equal error rate: {rate:.1%}")
+    left.plot(edge, edge, ":", color="grey")
+    left.set(xlabel="fakes called Original", ylabel="originals called Deepfake", title=f"DET, {shorten(name)}")
+    left.set(xlim=edge, ylim=edge)
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_ticks(norm.ppf(ticks), [f"{100 * tick:g} %" for tick in ticks])
+    left.legend(loc="lower left")
+    left.grid(alpha=0.3)
+    limits = np.quantile(llr, (0.002, 0.998)) + (-0.1, 0.1)
+    bins = np.linspace(min(limits[0], -0.5), max(limits[1], 0.5), 41)
+    for label in REPORT_ORDER:
+        values = np.clip(llr[is_fake == (label == "Deepfake")], bins[0], bins[-1])
+        shares = np.full(len(values), 100 / len(values))
+        right.hist(values, bins, weights=shares, alpha=0.55, color=COLOURS[label], label=f"{label}, {len(values):,}")
+    right.axvline(0, color="black", linestyle="--", label="threshold: deepfake_score 0.5")
+    right.set(xlabel="log-likelihood ratio (nats): fake  ←  → original", ylabel="% of the class", title="Scores")
+    right.legend()
+    write_figure(path, figure)
+
+
+def draw_conditions(path: Path, parts: list[dict], total: Optional[float]) -> None:
+    """Draw the EER with its interval for each value of the REPORT_BY columns, the worst on top; 40 at most a column."""
+    columns = list(dict.fromkeys(part["column"] for part in parts))
+    chosen = {name: [p for p in parts if p["column"] == name and p["eer"] is not None][:40] for name in columns}
+    height = 1.6 + 0.32 * max(len(group) for group in chosen.values())
+    figure, axes = start_figure(1.5 + 5.5 * len(columns), height, 1, len(columns))
+    for axis, (name, group) in zip(axes[0], chosen.items()):
+        for place, part in enumerate(reversed(group)):
+            low, high = part["eer_interval_95"] or (part["eer"], part["eer"])
+            axis.plot([100 * low, 100 * high], [place, place], color=COLOURS["Original"], alpha=0.5, linewidth=3)
+            mark = "o" if part["rows"] >= FEW_ROWS else "x"
+            axis.plot(100 * part["eer"], place, mark, color=COLOURS["Deepfake"])
+        labels = [f"{shorten(part['value'], 30)} ({part['rows']:,})" for part in reversed(group)]
+        axis.set_yticks(range(len(group)), labels)
+        if total is not None:
+            axis.axvline(100 * total, color="black", linestyle=":", label=f"all: {total:.1%}")
+            axis.legend(loc="lower right")
+        axis.set(xlabel=f"EER, % (95 % interval; x: under {FEW_ROWS} rows)", title=f"By {name} (rows)", xlim=(0, 100))
+        axis.grid(axis="x", alpha=0.3)
+    write_figure(path, figure)
+
+
+@torch.inference_mode()
+def map_activations(model: nn.Module, pixels: torch.Tensor, facts: dict) -> torch.Tensor:
+    """Map where in an image the evidence for the deciding class lies: Zhou et al., 2016, section 2.
+
+    Args:
+        model: as `load_detector` returns it; pixels: uint8, shape (3, size, size).
+
+    Returns:
+        float32, shape (size, size), 0 to 1.
+    """
+    kept = []
+    hook = model.layer4.register_forward_hook(lambda *results: kept.append(results[-1]))
+    mean, std = (torch.tensor(facts[name]).view(3, 1, 1) * 255 for name in ("mean", "std"))
+    decided = model(((pixels.float() - mean) / std)[None]).argmax()
+    hook.remove()
+    evidence = torch.einsum("c,chw->hw", model.fc.weight[decided], kept[0][0])[None, None]
+    evidence = nn.functional.interpolate(evidence, pixels.shape[1:], mode="bilinear")[0, 0].clamp_min(0)
+    return evidence / evidence.max().clamp_min(1e-9)
+
+
+def draw_mistakes(path: Path, table: pandas.DataFrame, model: nn.Module, facts: dict) -> None:
+    """Draw the most confident mistakes of each kind above the most confident right verdicts, with activation maps."""
+    wrong = (to_scores(table["llr"].to_numpy(float)) >= 0.5) != table["is_fake"].to_numpy(bool)
+    kinds = [(mistake, label) for mistake in (True, False) for label in REPORT_ORDER]
+    figure, axes = start_figure(12, 13, 4, 4)
+    for row, (mistake, label) in zip(axes, kinds):
+        group = table[(wrong == mistake) & (table["label"] == label)]
+        group = group.reindex(group["llr"].abs().sort_values(ascending=False).index)
+        row[0].set_ylabel(f"{label}\n" + ("called " + REPORT_ORDER[label == "Original"] if mistake else "rightly"))
+        for axis, path_llr in zip_longest(row, zip(group["path"][:4], group["llr"][:4])):
+            axis.set(xticks=[], yticks=[])
+            if path_llr is None:
+                axis.set_title("none", fontsize=8)
+                continue
+            pixels = read_image(path_llr[0], facts["image_size"])
+            axis.imshow(pixels.permute(1, 2, 0).numpy(), aspect="auto")
+            axis.contour(map_activations(model, pixels, facts).numpy(), levels=[0.5], colors="cyan", linewidths=1)
+            name = os.path.splitext(os.path.basename(path_llr[0]))[0]
+            axis.set_title(f"score {to_scores(np.array(path_llr[1])).item():.3f}\n{shorten(name, 36)}", fontsize=8)
+    figure.suptitle("The most confident verdicts; cyan: where the evidence for the verdict is strongest")
+    write_figure(path, figure)
+
+
+def choose_rows(job: Job, llr: dict[str, float], facts: dict) -> pandas.DataFrame:
+    """Choose the rows with a label and a score, as a table: what is measured is measured on it.
+
+    Returns:
+        Columns row, img_path, path, recording, label, is_fake, llr, margin, and those of REPORT_BY that the CSV has.
+    """
+    import pandas
+
+    header, pattern = job.rows[0], facts["recording_pattern"]
+    columns = {name: header.index(name) for name in ("img_path", *REPORT_BY) if name in header}
+    table = []
+    for number, label in (job.labels or {}).items():
+        path = job.images[number]
+        if path in llr:
+            row = job.rows[number - 1]
+            cells = {name: row[column] if column < len(row) else "" for name, column in columns.items()}
+            recording = name_recording(path, pattern)
+            table.append(
+                {"row": number, **cells, "path": path, "recording": recording, "label": label, "llr": llr[path]}
+            )
+    table = pandas.DataFrame(table)
+    if len(table):
+        table["is_fake"] = table["label"] == "Deepfake"
+    return table
+
+
+def measure_table(table: pandas.DataFrame) -> dict:
+    """Measure rows: numbers, intervals, and how many rows and recordings are behind them."""
+    llr, is_fake = table["llr"].to_numpy(float), table["is_fake"].to_numpy(bool)
+    measures = {"rows_measured": len(table), "recordings": int(table["recording"].nunique()), **measure(llr, is_fake)}
+    measures["intervals_95"] = estimate_intervals(llr, is_fake, table["recording"].tolist())
+    reasons = []
+    if is_fake.all() or not is_fake.any():
+        reasons.append(f"measures that need both classes: all labels are {table['label'].iloc[0]}")
+    elif not measures["intervals_95"]:
+        reasons.append("intervals need two recordings of each class")
+    if measures["cllr"] is None and not reasons:
+        reasons.append("Cllr: a score is infinite")
+    return {**measures, "not_computed": reasons}
+
+
+def measure_conditions(table: pandas.DataFrame) -> list[dict]:
+    """Measure by each value of the REPORT_BY columns, the worst first; one class alone against all of the other."""
+    import pandas
+
+    parts = []
+    for column in REPORT_BY:
+        if column not in table or table[column].nunique() < 2:
+            continue
+        for value, part in table.groupby(column):
+            measured = part
+            if part["is_fake"].nunique() == 1:
+                others = table[table["is_fake"] != part["is_fake"].iloc[0]]
+                measured = pandas.concat([part, others])
+            measures = measure_table(measured)
+            own = measure(part["llr"].to_numpy(float), part["is_fake"].to_numpy(bool))
+            parts.append(
+                {
+                    "column": column,
+                    "value": value,
+                    "rows": len(part),
+                    "recordings": int(part["recording"].nunique()),
+                    "classes": " and ".join(name for name in REPORT_ORDER if (part["label"] == name).any()),
+                    "eer": measures["eer"],
+                    "eer_interval_95": measures["intervals_95"].get("eer"),
+                    "accuracy": own["accuracy"],
+                }
+            )
+    return sorted(parts, key=lambda part: (REPORT_BY.index(part["column"]), -(part["eer"] or 0)))
+
+
+def merge_recordings(table: pandas.DataFrame) -> pandas.DataFrame:
+    """Merge the images of each recording and label (and value of REPORT_BY): mean of their log-likelihood ratios."""
+    keys = ["recording", *(column for column in REPORT_BY if column in table), "label", "is_fake"]
+    merged = table.groupby(keys, sort=False, as_index=False).agg(parts=("llr", "size"), llr=("llr", "mean"))
+    merged["verdict"] = [decide(score) for score in to_scores(merged["llr"].to_numpy(float)).tolist()]
+    return merged
+
+
+def count_seen(table: pandas.DataFrame, facts: dict, fingerprints: dict[str, int]) -> Optional[np.ndarray]:
+    """Tell which rows were trained or validated on: int, 2 as image, 1 as another image of its recording, 0 not.
+
+    Returns:
+        None where the checkpoint does not say what it has seen.
+    """
+    if "seen_images" not in facts:
         return None
-    numbers = [number for number in job.labels if job.images[number] in scores]
-    if not numbers:
-        print(f"{job.path.name}: no report, since no row has both a label and a verdict")
-        return None
-    truth = [job.labels[number] for number in numbers]
-    values = [scores[job.images[number]] for number in numbers]
-    measures = measure(truth, values)
-    text = format_report(job, truth, values, measures)
+    images, recordings = (set(facts[name].tolist()) for name in ("seen_images", "seen_recordings"))
+    names = [take_fingerprint(os.fsencode(name)) for name in table["recording"]]
+    as_image = np.array([fingerprints[path] in images for path in table["path"]])
+    as_recording = np.array([name in recordings for name in names])
+    return np.where(as_image, 2, as_recording.astype(int))
+
+
+def format_rate(value: Optional[float], interval: Optional[list[float]] = None) -> str:
+    """Write a rate in per cent, with its interval."""
+    if value is None:
+        return "not computed"
+    return f"{value:.1%}" + (f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else "")
+
+
+def write_verdict(name: str, entry: dict) -> list[str]:
+    """Say in three plain sentences how good the detector was, on what, and what to doubt."""
+    good = f"{format_rate(entry['accuracy'], entry['intervals_95'].get('accuracy'))} of the verdicts are right."
+    if entry["eer"] is not None:
+        good = (
+            f"Where it accuses as many originals as it misses fakes, it errs in {format_rate(entry['eer'])}; with its "
+            f"own threshold it accuses {format_rate(entry['misses'])} of the originals and misses "
+            f"{format_rate(entry['false_alarms'])} of the fakes."
+        )
+    counts = [f"{entry['labels'][label]:,} {label}" for label in REPORT_ORDER]
+    what = f"This is measured on {' and '.join(counts)} images of {entry['recordings']:,} recordings in {name}"
+    parts = [part for part in entry["by_condition"] if part["eer"] is not None]
+    if parts:
+        worst = max(parts, key=lambda part: part["eer"])
+        what += f", where {worst['column']} {worst['value']} is worst ({format_rate(worst['eer'])})"
+    doubts = []
+    if entry["seen"] is None:
+        doubts.append("nobody checked whether the checkpoint has seen these images in training")
+    elif entry["seen"]["rows_as_image"] + entry["seen"]["rows_as_recording"]:
+        doubts.append("some of these images or their recordings were seen in training, which flatters")
+    interval = entry["intervals_95"].get("eer")
+    if interval and interval[1] - interval[0] > 0.05:
+        doubts.append(
+            f"with so few recordings the true error may lie anywhere from {interval[0]:.1%} to {interval[1]:.1%}"
+        )
+    if entry["eer"] is not None and entry["half_total_error"] - entry["eer"] > 0.05:
+        doubts.append("the threshold fits validation better than this set")
+    doubts.append("voices, generators and channels other than these may do worse")
+    return [good, what + ".", "To be doubted: " + "; ".join(doubts) + "."]
+
+
+def format_report(name: str, entry: dict) -> str:
+    """Write the report that people read, 100 columns wide at most."""
+    lines = [line for sentence in write_verdict(name, entry) for line in textwrap.wrap(sentence, 98)]
+    lines += ["", entry["classification_report_text"], ""]
+    words = {
+        "eer": "equal error rate (EER)",
+        "accuracy": "accuracy",
+        "half_total_error": "half total error, own threshold",
+        "misses": "  originals called Deepfake",
+        "false_alarms": "  fakes called Original",
+    }
+    for key, text in words.items():
+        lines.append(f"{text:<34}{format_rate(entry[key], entry['intervals_95'].get(key))}")
+    for key, text in {
+        "roc_auc": "area under the ROC curve",
+        "min_dcf": "minDCF (costs of ASVspoof 5)",
+        "act_dcf": "actDCF",
+        "cllr": "Cllr, bits",
+        "ece": "expected calibration error",
+    }.items():
+        value = "not computed" if entry[key] is None else f"{entry[key]:.4f}"
+        before = entry["before_calibration"].get(key)
+        lines.append(f"{text:<34}{value}" + (f"   before calibration {before:.4f}" if before is not None else ""))
+    if entry["eer_by_recording"] is not None:
+        lines.append(f"{'EER by recording':<34}{format_rate(entry['eer_by_recording'])}")
+    lines += [f"Not computed: {reason}" for reason in entry["not_computed"]]
+    if entry["seen"]:
+        seen = entry["seen"]
+        lines += [
+            "",
+            f"Seen in training or validation: {seen['rows_as_image']:,} rows as image, "
+            f"{seen['rows_as_recording']:,} more by another image of their recording",
+        ]
+        if rest := seen["without_them"]:
+            rates = f"EER {format_rate(rest['eer'])}, accuracy {format_rate(rest['accuracy'])}"
+            lines.append(f"Without them: {rates}, {rest['rows_measured']:,} rows")
+    for column in dict.fromkeys(part["column"] for part in entry["by_condition"]):
+        lines += ["", f"{'By ' + column:<36}{'rows':>7}  {'EER, 95 % interval':<26}{'accuracy':>9}"]
+        for part in entry["by_condition"]:
+            if part["column"] == column:
+                rate = format_rate(part["eer"], part["eer_interval_95"])
+                mark = "  few rows" if part["rows"] < FEW_ROWS else ""
+                lines.append(f"  {part['value'][:33]:<34}{part['rows']:>7,}  {rate:<26}{part['accuracy']:>9.1%}{mark}")
+    return "\n".join(lines) + "\n"
+
+
+def write_tables(
+    stem: Path, job: Job, table: pandas.DataFrame, llr: dict[str, float], merged: pandas.DataFrame
+) -> None:
+    """Write the score file and the key in ASVspoof 5's form, and the verdicts by recording."""
+    column = job.rows[0].index("img_path")
+    names = {}  # path -> its first spelling
+    for number, path in job.images.items():
+        if path in llr:
+            names.setdefault(path, job.rows[number - 1][column])
+    truth = dict(zip(table["path"], table["is_fake"])) if len(table) else {}
+    scores = [["filename", "cm-score"]] + [[name, repr(llr[path])] for path, name in names.items()]
+    key = [["filename", "cm-label"]]
+    key += [[name, "spoof" if truth[path] else "bonafide"] for path, name in names.items() if path in truth]
+    for what, rows in (("scores", scores), ("key", key)):
+        if len(rows) > 1:
+            buffer = io.StringIO(newline="")
+            csv.writer(buffer, delimiter="\t", lineterminator="\n").writerows(rows)
+            write_file(stem.with_name(f"{stem.name}_{what}.tsv"), buffer.getvalue().encode())
+    if len(merged) < len(table):
+        merged = merged.drop(columns="is_fake").rename(
+            columns={"label": "actual_output", "verdict": "predicted_output"}
+        )
+        write_file(stem.with_name(f"{stem.name}_recordings.csv"), merged.to_csv(index=False).encode())
+
+
+def report(job: Job, judged: Judged, model: nn.Module, facts: dict) -> Optional[dict]:
+    """Write all that belongs to one CSV. Returns its entry for the summary, None where nothing can be measured."""
+    from sklearn.metrics import classification_report, confusion_matrix
+
+    table = choose_rows(job, judged.llr, facts)
     stem = job.path.with_suffix("")
+    if not len(table):
+        write_tables(stem, job, table, judged.llr, table)
+        why = "it has no column actual_output" if job.labels is None else "no row has both a label and a verdict"
+        print(f"{job.path.name}: no report, since {why}")
+        return None
+    merged = merge_recordings(table)
+    verdicts = [decide(score) for score in to_scores(table["llr"].to_numpy(float)).tolist()]
+    names = {"labels": list(REPORT_ORDER), "zero_division": 0}
+    counts = confusion_matrix(table["label"], verdicts, labels=list(REPORT_ORDER))
+    is_fake = table["is_fake"].to_numpy(bool)
+    raw = measure(-np.array([judged.margins[path] for path in table["path"]]), is_fake)
+    entry = {
+        "rows": len(job.images),
+        "labels": {name: int((table["label"] == name).sum()) for name in REPORT_ORDER},
+        **measure_table(table),
+        "eer_by_recording": measure(merged["llr"].to_numpy(float), merged["is_fake"].to_numpy(bool))["eer"],
+        "before_calibration": {name: raw[name] for name in ("act_dcf", "cllr", "ece")},
+        "confusion_matrix": {"order": list(REPORT_ORDER), "counts": counts.tolist()},
+        "classification_report": classification_report(table["label"], verdicts, output_dict=True, **names),
+        "classification_report_text": classification_report(table["label"], verdicts, digits=4, **names).rstrip(),
+        "by_condition": measure_conditions(table),
+        "seen": describe_seen(table, count_seen(table, facts, judged.fingerprints)),
+    }
+    text = format_report(job.path.name, entry)
+    del entry["classification_report_text"]
     write_file(stem.with_name(stem.name + "_report.txt"), text.encode())
-    draw_confusion(stem.with_name(stem.name + ".png"), np.array(measures["confusion_matrix"]["counts"]))
+    write_tables(stem, job, table, judged.llr, merged)
+    draw_confusion(stem.with_name(stem.name + ".png"), counts)
+    draw_mistakes(stem.with_name(stem.name + "_mistakes.png"), table, model, facts)
+    if entry["eer"] is not None:
+        draw_curves(stem.with_name(stem.name + "_curves.png"), stem.name, table)
+    if entry["by_condition"]:
+        draw_conditions(stem.with_name(stem.name + "_conditions.png"), entry["by_condition"], entry["eer"])
     print(f"\n{text}")
-    return {"file": job.path.name, "report": text, "rows": len(job.images), "rows_measured": len(numbers), **measures}
+    return {"file": job.path.name, "report": text, **entry}
+
+
+def describe_seen(table: pandas.DataFrame, seen: Optional[np.ndarray]) -> Optional[dict]:
+    """Count the rows that were seen in training, and measure without them."""
+    if seen is None:
+        return None
+    rest = table[seen == 0]
+    without = measure_table(rest) if 0 < len(rest) < len(table) else None
+    return {
+        "rows_as_image": int((seen == 2).sum()),
+        "rows_as_recording": int((seen == 1).sum()),
+        "without_them": without,
+    }
 
 
 # ---- Main
@@ -601,7 +1057,7 @@ def main() -> int:
         print(f"{job.path.name}: {len(job.images):,} rows; labels: {counts if labels else 'none'}")
 
     paths = list(dict.fromkeys(path for job in jobs for path in job.images.values()))
-    scores, unreadable = score_images(paths, model, facts, compute)
+    judged = score_images(paths, model, facts, compute)
     origin = {
         "model": str(MODEL_PATH),
         "model_sha256": hashlib.sha256(model_path.read_bytes()).hexdigest(),
@@ -616,14 +1072,14 @@ def main() -> int:
     }
     summary, left_out = [], 0
     for job in jobs:
-        content = write_predictions(job, scores)
-        bad = [(number, path) for number, path in job.images.items() if path in unreadable]
+        content = write_predictions(job, judged.llr)
+        bad = [(number, path) for number, path in job.images.items() if path in judged.unreadable]
         for number, path in bad:
-            print(f"no verdict: {job.path.name}, row {number}: {path}: {unreadable[path]}", file=sys.stderr)
+            print(f"no verdict: {job.path.name}, row {number}: {path}: {judged.unreadable[path]}", file=sys.stderr)
         left_out += len(bad)
-        entry = report(job, scores)
+        entry = report(job, judged, model, facts)
         if entry is not None:
-            unreadable_rows = [{"row": number, "reason": unreadable[path]} for number, path in bad]
+            unreadable_rows = [{"row": number, "reason": judged.unreadable[path]} for number, path in bad]
             csv_hash = hashlib.sha256(content).hexdigest()
             summary.append({**entry, "unreadable_rows": unreadable_rows, "csv_sha256": csv_hash, **origin})
     print("Predictions written into " + ", ".join(str(job.path) for job in jobs))

@@ -856,6 +856,28 @@ def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     }
 
 
+def fit_calibration(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Fit scale and offset that make a margin, logit Deepfake - logit Original, a log-likelihood ratio for a fake.
+
+    Logistic regression with both classes weighing the same, and targets a little off 0 and 1, so that it is sound
+    for few or perfectly separated scores too: Platt, 1999, section 2.2.
+
+    Returns:
+        scale and offset; 1 and 0 where a higher margin does not mean a likelier fake.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    margins, is_fake = (logits[:, 0] - logits[:, 1]).double().numpy(), (labels == 0).numpy()
+    spread = margins.std() or 1.0
+    counts = np.where(is_fake, is_fake.sum(), (~is_fake).sum())
+    weights = [(counts + 1) / (counts + 2) / counts, 1 / (counts + 2) / counts]  # of the true class, of the other
+    regression = LogisticRegression(C=1e6, max_iter=1000).fit(
+        np.tile(margins / spread, 2)[:, None], np.concatenate([is_fake, ~is_fake]), np.concatenate(weights)
+    )
+    scale, offset = float(regression.coef_.item() / spread), float(regression.intercept_.item())
+    return {"scale": scale, "offset": offset} if scale > 0 else {"scale": 1.0, "offset": 0.0}
+
+
 # ---- Outputs
 
 
@@ -1014,12 +1036,18 @@ def fit(model: nn.Module, loaders: tuple[DataLoader, DataLoader], compute: Compu
             generator.manual_seed(settings["SEED"] * 1_000_003 + epoch)
         row = {"epoch": epoch, "learning_rate": optimisation.schedule.get_last_lr()[0]}
         row["train_loss"] = train_one_epoch(model, train_loader, optimisation, compute, change)
-        row.update(measure(*predict_logits(model, val_loader, compute)))
+        logits, labels = predict_logits(model, val_loader, compute)
+        row.update(measure(logits, labels))
         row["seconds"] = time.perf_counter() - started
         history.append(row)
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
         write_history(final_path.parent / "history.csv", history)
-        facts = {**facts, "epoch": epoch, "metrics": {name: row[name] for name in METRICS}}
+        facts = {
+            **facts,
+            "epoch": epoch,
+            "metrics": {name: row[name] for name in METRICS},
+            "calibration": fit_calibration(logits, labels),
+        }
         if best is None or row["val_loss"] < best["val_loss"]:
             best = row
             save_checkpoint(best_path, model, facts)
@@ -1057,7 +1085,10 @@ def main() -> int:
         "image_size": IMAGE_SIZE,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
-        "calibration": {"scale": 1.0, "offset": 0.0},
+        "seen_images": torch.tensor(list(chosen.values())),
+        "seen_recordings": torch.tensor(
+            sorted({take_fingerprint(os.fsencode(name_recording(path, RECORDING_PATTERN))) for path in chosen})
+        ),
         "initial_weights": start,
         "recording_pattern": RECORDING_PATTERN,
         "unreadable_images": unreadable,

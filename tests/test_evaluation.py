@@ -61,7 +61,9 @@ def test_scores_follow_from_the_checkpoint_alone(judged):
         inputs = torch.tensor((pixels - checkpoint["mean"]) / checkpoint["std"]).permute(2, 0, 1)[None].float()
         with torch.inference_mode():
             deepfake, original = model(inputs)[0].tolist()
-        assert float(row["deepfake_score"]) == pytest.approx(1 / (1 + np.exp(original - deepfake)), abs=2e-4)
+        scale, offset = checkpoint["calibration"]["scale"], checkpoint["calibration"]["offset"]
+        expected = 1 / (1 + np.exp(-(scale * (deepfake - original) + offset)))
+        assert float(row["deepfake_score"]) == pytest.approx(expected, abs=2e-4)
 
 
 def test_bad_rows_stay_blank_and_every_other_cell_keeps_its_text(judged):
@@ -90,7 +92,7 @@ def test_bad_rows_stay_blank_and_every_other_cell_keeps_its_text(judged):
     (entry,) = json.loads((judged / "test_data/aggregate_test_reports.json").read_text())
     assert [bad["row"] for bad in entry["unreadable_rows"]] == [2, 3, 4]
     assert entry["rows_measured"] == 2
-    assert entry["eer"] is None and "both classes" in entry["reason"]
+    assert entry["eer"] is None and "both classes" in entry["not_computed"][0]
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -126,7 +128,7 @@ def test_csv_without_labels_gets_predictions_and_a_reason(judged):
     assert outcome.status == 0
     assert "no report, since it has no column actual_output" in outcome.out
     assert read_csv(judged / "test_data/test.csv")[0]["predicted_output"] in evaluator.CLASSES
-    assert sorted(path.name for path in (judged / "test_data").iterdir()) == ["test.csv"]
+    assert sorted(path.name for path in (judged / "test_data").iterdir()) == ["test.csv", "test_scores.tsv"]
 
 
 def test_broken_csv_does_not_cost_the_others_their_work(judged):
@@ -233,14 +235,6 @@ def test_permissions_and_symbolic_link_of_the_csv_are_kept(judged):
     assert (judged / "test_data/test.csv").is_symlink()
     assert target.stat().st_mode & 0o777 == 0o640
     assert read_csv(target)[0]["predicted_output"]
-
-
-def test_eer_on_known_scores():
-    fake = np.array([False, False, True, True])
-    assert evaluator.compute_eer(fake, np.array([0.1, 0.2, 0.8, 0.9])) == 0
-    assert evaluator.compute_eer(fake, np.array([0.9, 0.8, 0.2, 0.1])) == 1
-    assert evaluator.compute_eer(fake, np.array([0.1, 0.8, 0.2, 0.9])) == 0.5
-    assert evaluator.compute_eer(fake, np.full(4, 0.3)) == 0.5
 
 
 def test_mixed_precision_keeps_the_verdicts(judged):

@@ -91,6 +91,8 @@ def test_all_modes_train_and_evaluate(tmp_path):
 
 ALIKE = [
     "read_image",
+    "take_fingerprint",
+    "name_recording",
     "count_workers",
     "parse_table",
     "resolve_image",

@@ -50,9 +50,10 @@ def test_every_constant_named_anywhere_exists():
 def test_every_path_named_exists_or_is_written(trained):
     named = set(re.findall(r"`((?:data|models|test_data|tests)/[\w./-]*)`", README))
     written = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
-    written |= {f"test_data/{name}" for name in ("test_report.txt", "test.png", "aggregate_test_reports.json")}
+    tables = ("scores.tsv", "key.tsv", "recordings.csv", "report.txt", "curves.png", "conditions.png", "mistakes.png")
+    written |= {"test_data/test.png", "test_data/aggregate_test_reports.json", *(f"test_data/test_{t}" for t in tables)}
     for path in named:
-        assert (ROOT / path).exists() or path in written, path
+        assert (ROOT / path).exists() or path in written or (trained / path).exists(), path
     assert len(named) > 8
     assert all((ROOT / path).exists() for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README))
 

@@ -1,0 +1,235 @@
+"""Measures, intervals, calibration and score files against independent references."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import EVALUATOR, make_image, read_csv, run, write_csv
+from PIL import Image
+
+import evaluate_deepfake_model as evaluator
+import train_deepfake_detector as trainer
+
+
+def draw_scores(bona_fide, spoof, seed=0):
+    draw = np.random.default_rng(seed)
+    llr = np.concatenate([draw.normal(1, 1.5, bona_fide), draw.normal(-1, 1.5, spoof)])
+    return llr, np.arange(len(llr)) >= bona_fide
+
+
+def measure_by_hand(llr, is_fake):
+    """EER, minDCF, actDCF and Cllr by their definitions, threshold by threshold."""
+    target, nontarget = llr[~is_fake], llr[is_fake]
+    best, least = (2.0, None), np.inf
+    for threshold in np.concatenate([[-np.inf], np.sort(llr)]):
+        miss, alarm = np.sum(target <= threshold) / len(target), np.sum(nontarget > threshold) / len(nontarget)
+        best = min(best, (abs(miss - alarm), (miss + alarm) / 2), key=lambda pair: pair[0])
+        least = min(least, 0.95 * miss + 10 * 0.05 * alarm)
+    bayes = -np.log(0.95 / 0.5)
+    actual = 0.95 * np.mean(target < bayes) + 0.5 * np.mean(nontarget >= bayes)
+    cllr = (np.mean(np.log2(1 + np.exp(-target))) + np.mean(np.log2(1 + np.exp(nontarget)))) / 2
+    return best[1], least / 0.5, actual / 0.5, cllr
+
+
+SIZES = [(5, 5), (5, 50), (50, 5), (17, 23), (100, 100), (100, 900), (900, 100), (300, 1500), (1000, 1000), (900, 3000)]
+
+
+@pytest.mark.parametrize(("bona_fide", "spoof"), SIZES)
+def test_measures_equal_their_definitions(bona_fide, spoof):
+    llr, is_fake = draw_scores(bona_fide, spoof, seed=bona_fide + spoof)
+    measures = evaluator.measure(llr, is_fake)
+    found = [measures[name] for name in ("eer", "min_dcf", "act_dcf", "cllr")]
+    assert found == pytest.approx(measure_by_hand(llr, is_fake), abs=1e-9)
+    pairs = (llr[~is_fake][:, None] > llr[is_fake]).mean()
+    assert measures["roc_auc"] == pytest.approx(pairs, abs=1e-9)
+    assert measures["half_total_error"] == pytest.approx((np.mean(llr[~is_fake] <= 0) + np.mean(llr[is_fake] > 0)) / 2)
+
+
+def test_measures_of_a_large_and_uneven_set():
+    llr, is_fake = draw_scores(900, 90_000)
+    measures = evaluator.measure(llr, is_fake)
+    misses, alarms = [1 - np.searchsorted(-np.sort(-llr[~is_fake])[::-1], llr, "right") / 900 for _ in range(2)]
+    target, nontarget = np.sort(llr[~is_fake]), np.sort(llr[is_fake])
+    misses = np.searchsorted(target, np.sort(llr), "right") / 900
+    alarms = 1 - np.searchsorted(nontarget, np.sort(llr), "right") / 90_000
+    nearest = np.abs(misses - alarms).argmin()
+    assert measures["eer"] == pytest.approx((misses[nearest] + alarms[nearest]) / 2, abs=1e-9)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_equal_scores_move_together(order):
+    is_fake = np.array([False, True, False, True, True])[::order]
+    measures = evaluator.measure(np.full(5, 0.3), is_fake)
+    assert (measures["eer"], measures["roc_auc"]) == (0.5, 0.5)
+    half_tied = evaluator.measure(np.array([1.0, 0, 0, -1]), np.array([False, False, True, True]))
+    assert (half_tied["eer"], half_tied["roc_auc"]) == (0.25, 0.875)
+
+
+def test_perfect_and_inverted_scores():
+    is_fake = np.array([False, False, True, True])
+    assert evaluator.measure(np.array([3.0, 2, -2, -3]), is_fake)["eer"] == 0
+    assert evaluator.measure(np.array([-3.0, -2, 2, 3]), is_fake)["eer"] == 1
+
+
+def test_one_class_and_infinite_scores_give_none_not_numbers():
+    measures = evaluator.measure(np.array([1.0, -1]), np.array([False, False]))
+    assert (measures["accuracy"], measures["misses"]) == (0.5, 0.5)
+    assert {measures[name] for name in ("eer", "roc_auc", "min_dcf", "cllr", "false_alarms", "half_total_error")} == {
+        None
+    }
+    infinite = evaluator.measure(np.array([np.inf, -np.inf, np.inf, 0]), np.array([False, True, True, False]))
+    assert infinite["cllr"] is None and infinite["eer"] == 0.5
+
+
+@pytest.mark.parametrize("images", [1, 5])
+def test_intervals_cover_the_true_rate(images):
+    """Recordings' scores vary, and their images' scores vary about them: true EER by theory of normal scores."""
+    from scipy.stats import norm
+
+    draw, draws, covered = np.random.default_rng(1), 300, 0
+    true_eer = norm.cdf(-1 / np.sqrt(1 + 0.25))
+    for _ in range(draws):
+        centre = np.repeat(draw.normal(size=160), images)
+        is_fake = np.repeat(np.arange(160) % 2 == 1, images)
+        llr = np.where(is_fake, -1, 1) + centre + draw.normal(scale=0.5, size=len(centre))
+        names = np.repeat(np.arange(160), images).astype(str).tolist()
+        low, high = evaluator.estimate_intervals(llr, is_fake, names, draws=200)["eer"]
+        covered += low <= true_eer <= high
+    assert 0.90 <= covered / draws <= 0.99
+
+
+def test_interval_needs_two_recordings_of_each_class():
+    assert evaluator.estimate_intervals(np.array([1.0, 2, -1]), np.array([False, False, True]), ["a", "b", "c"]) == {}
+
+
+def test_calibration_error_of_calibrated_and_overconfident_scores():
+    draw = np.random.default_rng(0)
+    llr = draw.normal(0, 2, 200_000)
+    is_fake = draw.random(len(llr)) < 1 / (1 + np.exp(llr))
+    assert evaluator.compute_ece(llr, is_fake) < 0.01
+    assert evaluator.compute_ece(4 * llr, is_fake) > 0.1
+
+
+def fit(margins, is_fake):
+    logits = torch.tensor(np.stack([margins, np.zeros(len(margins))], axis=1))
+    return trainer.fit_calibration(logits, torch.tensor(np.where(is_fake, 0, 1)))
+
+
+def test_calibration_finds_scale_and_offset_whatever_the_balance():
+    for bona_fide, spoof in ((4000, 4000), (8000, 1000)):
+        llr, is_fake = draw_scores(bona_fide, spoof)  # its true log-likelihood ratio is 2 / 1.5 ** 2 * llr
+        calibration = fit(-3 * llr + 5, is_fake)
+        assert calibration["scale"] == pytest.approx(2 / 1.5**2 / 3, rel=0.1)
+        assert calibration["offset"] / calibration["scale"] == pytest.approx(-5, abs=0.3)
+
+
+@pytest.mark.parametrize("margins", [[5.0, 6, -5, -6], [1e-3, 1e-3, -1e-3, -1e-3], [0.0, 0, 0, 0], [-1.0, -2, 1, 2]])
+def test_calibration_is_sound_for_tiny_separated_constant_and_inverted_scores(margins):
+    calibration = fit(np.array(margins), np.array([True, True, False, False]))
+    assert np.isfinite(list(calibration.values())).all()
+    assert calibration["scale"] > 0
+    if margins[0] > 0:
+        scores = 1 / (1 + np.exp(-(calibration["scale"] * np.array(margins) + calibration["offset"])))
+        assert (scores[:2] > 0.5).all() and (scores[2:] < 0.5).all()
+        assert scores.max() < 0.99
+
+
+def read_tsv(path):
+    return [line.split("\t") for line in path.read_text().splitlines()]
+
+
+def test_score_file_and_key_have_the_form_of_asvspoof(judged):
+    rows = [["img_path", "actual_output"]]
+    rows += [
+        [f"{kind}/combined/{kind[0]}{n}__clean_1.png", kind] for kind in ("deepfake", "original") for n in range(3)
+    ]
+    rows += [rows[1], ["missing.png", "original"], ["original/combined/o5__clean_1.png", ""]]
+    write_csv(judged / "test_data/test.csv", rows)
+    assert run(judged, EVALUATOR).status == 1
+    header, *scores = read_tsv(judged / "test_data/test_scores.tsv")
+    assert header == ["filename", "cm-score"]
+    assert [name for name, _ in scores] == [row[0] for row in rows[1:7]] + ["original/combined/o5__clean_1.png"]
+    header, *key = read_tsv(judged / "test_data/test_key.tsv")
+    assert header == ["filename", "cm-label"]
+    assert key == [[row[0], {"deepfake": "spoof", "original": "bonafide"}[row[1]]] for row in rows[1:7]]
+    verdicts = {row["img_path"]: float(row["deepfake_score"]) for row in read_csv(judged / "test_data/test.csv")[:6]}
+    for name, score in scores[:6]:
+        assert 1 / (1 + np.exp(float(score))) == pytest.approx(verdicts[name], abs=1e-6)
+    llr = np.array([float(score) for _, score in scores[:6]])
+    (entry,) = json.loads((judged / "test_data/aggregate_test_reports.json").read_text())
+    assert entry["rows_measured"] == 7
+    assert entry["before_calibration"]["cllr"] is not None
+    assert evaluator.measure(llr, np.arange(6) < 3)["eer"] is not None
+
+
+def test_recordings_are_judged_by_the_mean_of_their_parts(judged):
+    assert run(judged, EVALUATOR).status == 0
+    recordings = read_csv(judged / "test_data/test_recordings.csv")
+    scores = {name: float(score) for name, score in read_tsv(judged / "test_data/test_scores.tsv")[1:]}
+    assert [(row["recording"], row["actual_output"], row["parts"]) for row in recordings] == [
+        ("d0", "Deepfake", "2"),
+        ("d1", "Deepfake", "2"),
+        ("o0", "Original", "2"),
+        ("o1", "Original", "2"),
+    ]
+    parts = [score for name, score in scores.items() if "/o1__" in name]
+    assert float(recordings[3]["llr"]) == pytest.approx(np.mean(parts))
+    assert recordings[3]["predicted_output"] == ("Original" if np.mean(parts) > 0 else "Deepfake")
+
+
+def test_report_breaks_down_by_condition_worst_first(judged):
+    rows = [["img_path", "actual_output", "source", "condition"]]
+    for number in range(2, 12):
+        for kind in ("deepfake", "original"):
+            condition = "noise" if number % 2 else "clean"
+            source = f"engine {number % 3}" if kind == "deepfake" else "a voice"
+            rows.append([f"{kind}/combined/{kind[0]}{number}__clean_1.png", kind, source, condition])
+    write_csv(judged / "test_data/test.csv", rows)
+    assert run(judged, EVALUATOR).status == 0
+    (entry,) = json.loads((judged / "test_data/aggregate_test_reports.json").read_text())
+    parts = entry["by_condition"]
+    assert [part["column"] for part in parts] == ["source"] * 4 + ["condition"] * 2
+    for column in ("source", "condition"):
+        rates = [part["eer"] for part in parts if part["column"] == column]
+        assert rates == sorted(rates, reverse=True)
+    engine = next(part for part in parts if part["value"] == "engine 2")
+    assert (engine["rows"], engine["classes"]) == (4, "Deepfake")
+    assert max(len(line) for line in entry["report"].splitlines()) <= 100
+    assert entry["report"].count("few rows") == 6
+    scores = {name: float(score) for name, score in read_tsv(judged / "test_data/test_scores.tsv")[1:]}
+    chosen = [(scores[row[0]], row[1] == "deepfake") for row in rows[1:] if row[2] in ("engine 2", "a voice")]
+    llr, is_fake = (np.array(column) for column in zip(*chosen))
+    assert engine["eer"] == evaluator.measure(llr, is_fake)["eer"]
+
+
+def test_images_seen_in_training_are_found_under_any_name(judged):
+    with Image.open(judged / "data/original/combined/o9__clean_1.png") as image:
+        image.save(judged / "data/new_name.bmp")
+    make_image(judged / "data/d9__noise_7.png", 12345, fake=True)
+    rows = [["img_path", "actual_output"], ["new_name.bmp", "original"], ["d9__noise_7.png", "deepfake"]]
+    rows += [[f"{kind}/combined/{kind[0]}{n}__clean_1.png", kind] for kind in ("deepfake", "original") for n in (0, 1)]
+    write_csv(judged / "test_data/test.csv", rows)
+    assert run(judged, EVALUATOR).status == 0
+    (entry,) = json.loads((judged / "test_data/aggregate_test_reports.json").read_text())
+    assert (entry["seen"]["rows_as_image"], entry["seen"]["rows_as_recording"]) == (1, 1)
+    assert entry["seen"]["without_them"]["rows_measured"] == 4
+    assert "1 rows as image, 1 more by another image of their recording" in entry["report"]
+    assert "seen in training" in entry["report"].split("\n\n")[0].replace("\n", " ")
+
+
+def test_test_set_of_the_split_is_not_seen(judged):
+    run(judged, EVALUATOR)
+    (entry,) = json.loads((judged / "test_data/aggregate_test_reports.json").read_text())
+    assert entry["seen"] == {"rows_as_image": 0, "rows_as_recording": 0, "without_them": None}
+
+
+def test_checkpoint_that_does_not_say_what_it_saw_is_doubted(judged):
+    path = judged / "models/experiments/best_laundered_processed.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["seen_images"], checkpoint["seen_recordings"]
+    torch.save(checkpoint, path)
+    run(judged, EVALUATOR)
+    (entry,) = json.loads((judged / "test_data/aggregate_test_reports.json").read_text())
+    assert entry["seen"] is None
+    assert "nobody checked whether" in entry["report"].replace("\n", " ")
