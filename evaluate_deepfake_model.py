@@ -73,6 +73,7 @@ REPORT_ORDER = ("Original", "Deepfake")
 CHECKPOINT_FORMAT = 1
 SPOOF_PRIOR, COST_MISS, COST_FALSE_ALARM = 0.05, 1, 10  # ASVspoof 5's costs of detection: Wang et al., 2024, section 3
 COLOURS = {"Original": "#0072B2", "Deepfake": "#D55E00"}  # told apart by the colour-blind: Okabe and Ito, 2008
+SHORTCUT_AUC = 0.75  # above it the report doubts the training images
 FEW_ROWS = 20  # fewer are marked in the report
 BARE_FACTS = {  # stand in where a file holds weights only
     "classes": list(CLASSES),
@@ -889,6 +890,8 @@ def write_verdict(name: str, entry: dict) -> list[str]:
         )
     if entry["eer"] is not None and entry["half_total_error"] - entry["eer"] > 0.05:
         doubts.append("the threshold fits validation better than this set")
+    if max((entry["shortcuts"] or {"": 0}).values()) > SHORTCUT_AUC:
+        doubts.append("the training images' classes differ in what is not the voice (see the shortcut check)")
     doubts.append("voices, generators and channels other than these may do worse")
     return [good, what + ".", "To be doubted: " + "; ".join(doubts) + "."]
 
@@ -929,6 +932,9 @@ def format_report(name: str, entry: dict) -> str:
         if rest := seen["without_them"]:
             rates = f"EER {format_rate(rest['eer'])}, accuracy {format_rate(rest['accuracy'])}"
             lines.append(f"Without them: {rates}, {rest['rows_measured']:,} rows")
+    if entry["shortcuts"]:
+        lines += ["", "Shortcut check: the classes of the training images told by what is not the voice (AUC)"]
+        lines += [f"  {name:<32}{auc:.3f}" for name, auc in entry["shortcuts"].items()]
     for column in dict.fromkeys(part["column"] for part in entry["by_condition"]):
         lines += ["", f"{'By ' + column:<36}{'rows':>7}  {'EER, 95 % interval':<26}{'accuracy':>9}"]
         for part in entry["by_condition"]:
@@ -991,6 +997,7 @@ def report(job: Job, judged: Judged, model: nn.Module, facts: dict) -> Optional[
         "classification_report": classification_report(table["label"], verdicts, output_dict=True, **names),
         "classification_report_text": classification_report(table["label"], verdicts, digits=4, **names).rstrip(),
         "by_condition": measure_conditions(table),
+        "shortcuts": facts.get("shortcuts"),
         "seen": describe_seen(table, count_seen(table, facts, judged.fingerprints)),
     }
     text = format_report(job.path.name, entry)

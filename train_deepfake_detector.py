@@ -86,8 +86,10 @@ DOWNLOAD_TIMEOUT_S = 30  # without a single byte; torch.hub itself would wait fo
 CHECKPOINT_FORMAT = 1
 BRIGHTNESS_PER_DB = 1 / 70  # for augmentation: the demo images' scale, from -30 to +40 dB
 SHORTEST_CROP = 48  # pixels; at 32 and less oneDNN (torch 2.14, 2.15) gave wrong bfloat16 gradients for layer4.0.conv1
-CACHE_FORMAT = 1  # changes when read_image comes to give other pixels
-CACHE_ENTRY = np.dtype([("key", "<i8"), ("fingerprint", "<i8")])
+SHORTCUT_AUC = 0.75  # above it the class can be told from what is not the voice
+LOOKS = ("original width", "original height", "mean brightness", "share of black columns")
+CACHE_FORMAT = 2  # changes when read_image comes to give other pixels
+CACHE_ENTRY = np.dtype([("key", "<i8"), ("fingerprint", "<i8"), ("looks", "<f4", (len(LOOKS),))])
 IMAGES_PER_SHARD = 64
 SHARD_HEAD = 8 + IMAGES_PER_SHARD * CACHE_ENTRY.itemsize  # bytes before the first pixel
 DISK_RESERVE = 1e9  # bytes of the disk that the cache leaves free, for checkpoints
@@ -169,6 +171,7 @@ class PixelCache:
 
     Attributes:
         fingerprints: int64, shape (images,), of the decoded pixels; 0: not read yet, or unreadable.
+        looks: float32, shape (images, 4), as LOOKS names them.
         places: int32, shape (images, 2): number of the shard, and row in it; -1: no pixels kept.
     """
 
@@ -178,6 +181,7 @@ class PixelCache:
         self.bytes_per_image = 3 * size * size
         self.keys = np.array([self.take_key(path) for path in paths])
         self.fingerprints = np.zeros(len(paths), np.int64)
+        self.looks = np.zeros((len(paths), len(LOOKS)), np.float32)
         self.places = np.full((len(paths), 2), -1, np.int32)
         self.shards: list[Path] = []
         order = np.argsort(self.keys)
@@ -186,7 +190,7 @@ class PixelCache:
             ranks = np.searchsorted(self.keys, entries["key"], sorter=order)
             numbers = order[np.minimum(ranks, len(order) - 1)]
             found = (self.keys[numbers] == entries["key"]) & (entries["key"] != 0)
-            self.register(shard, np.where(found, numbers, -1), entries["fingerprint"], has_pixels)
+            self.register(shard, np.where(found, numbers, -1), entries, has_pixels)
 
     def take_key(self, path: str) -> int:
         """Hash what tells this state of a file, in this format of pixels, from all others; 0: there is no file."""
@@ -209,10 +213,11 @@ class PixelCache:
             return entries[:0], False
         return entries, size == SHARD_HEAD + np.count_nonzero(entries["key"]) * self.bytes_per_image
 
-    def register(self, shard: Path, numbers: np.ndarray, fingerprints: np.ndarray, has_pixels: bool) -> None:
-        """Note what a shard holds: row by row the image's number (-1: none of this run's) and fingerprint."""
+    def register(self, shard: Optional[Path], numbers: np.ndarray, entries: np.ndarray, has_pixels: bool) -> None:
+        """Note what was read of images, and where: row by row the image's number (-1: none of this run's) and entry."""
         (rows,) = np.nonzero((numbers >= 0) & (self.places[numbers, 0] < 0))
-        self.fingerprints[numbers[rows]] = fingerprints[rows]
+        self.fingerprints[numbers[rows]] = entries["fingerprint"][rows]
+        self.looks[numbers[rows]] = entries["looks"][rows]
         if has_pixels and len(rows):
             self.places[numbers[rows]] = np.stack([np.full(len(rows), len(self.shards)), rows], axis=1)
             self.shards.append(shard)
@@ -228,14 +233,14 @@ class PixelCache:
                 used -= sizes[path]
         return max(0, min(images, int((budget - used) / self.bytes_per_image)))
 
-    def write_shard(self, numbers: np.ndarray, fingerprints: np.ndarray, pixels: list[np.ndarray]) -> None:
-        """Keep what was read of some images: their fingerprints, and the pixels of all or none."""
-        entries = np.zeros(IMAGES_PER_SHARD, CACHE_ENTRY)
-        entries["key"][: len(numbers)], entries["fingerprint"][: len(numbers)] = self.keys[numbers], fingerprints
+    def write_shard(self, numbers: np.ndarray, entries: np.ndarray, pixels: list[np.ndarray]) -> None:
+        """Keep what was read of some images: their entries, and the pixels of all or none."""
+        head = np.zeros(IMAGES_PER_SHARD, CACHE_ENTRY)
+        head[: len(entries)] = entries
         shard = self.folder / f"{self.size}px-{uuid.uuid4().hex}.shard"
-        checksum = take_fingerprint(entries).to_bytes(8, "little", signed=True)
-        write_file(shard, checksum + entries.tobytes() + b"".join(pixels))
-        self.register(shard, numbers, fingerprints, len(pixels) > 0)
+        checksum = take_fingerprint(head).to_bytes(8, "little", signed=True)
+        write_file(shard, checksum + head.tobytes() + b"".join(pixels))
+        self.register(shard, numbers, entries, len(pixels) > 0)
 
     def read(self, number: int) -> torch.Tensor:
         """Return an image's pixels: uint8, shape (3, size, size).
@@ -276,7 +281,7 @@ def count_workers(setting: Optional[int]) -> int:
 
 
 class ReadingPass(Dataset):
-    """Reads each path once; item i is (fingerprint, "", pixels), or (0, the reason why it cannot be read, none)."""
+    """Reads each path once; item i is (entry, pixels or none, ""), or (None, none, the reason why not)."""
 
     def __init__(self, paths: list[str], size: int, keep: int) -> None:
         """Hand out the pixels of the first `keep` images, of the others none."""
@@ -285,12 +290,18 @@ class ReadingPass(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[int, str, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[Optional[tuple], np.ndarray, str]:
+        nothing = np.empty(0, np.uint8)
         try:
-            pixels = read_image(self.paths[index], self.size).numpy()
+            pixels = read_image(self.paths[index], self.size)
+            with Image.open(self.paths[index]) as image:
+                width, height = image.size
         except Exception as error:  # the decoders raise many kinds; every one is reported by name
-            return 0, f"{type(error).__name__}: {error}".splitlines()[0], np.empty(0, np.uint8)
-        return take_fingerprint(pixels), "", pixels.ravel() if index < self.keep else np.empty(0, np.uint8)
+            return None, nothing, f"{type(error).__name__}: {error}".splitlines()[0]
+        columns = to_brightness(pixels[None].float() / 255)[0].mean(dim=0)
+        looks = (width, height, columns.mean().item(), (columns < 0.02).float().mean().item())
+        entry = (0, take_fingerprint(pixels.numpy()), looks)
+        return entry, pixels.numpy().ravel() if index < self.keep else nothing, ""
 
 
 def find_images(data_dir: Path) -> SpectrogramFolder:
@@ -329,13 +340,13 @@ def read_all_images(cache: PixelCache, budget: float, workers: int) -> dict[str,
     """
     started = time.perf_counter()
     lacking = np.flatnonzero(cache.places[:, 0] < 0)
-    room, reasons, why = 0, {}, "CACHE_GB allows no more"
+    room, reasons, limit = 0, {}, "CACHE_GB allows no more"
     try:
         if cache.folder:
             cache.folder.mkdir(parents=True, exist_ok=True)
             room = cache.make_room(len(lacking), budget)
     except OSError as error:
-        cache.folder, why = None, str(error)
+        cache.folder, limit = None, str(error)
     unread = lacking if room == len(lacking) else np.flatnonzero(cache.fingerprints == 0)
     dataset = ReadingPass([cache.paths[number] for number in unread], cache.size, room)
     loader = DataLoader(dataset, IMAGES_PER_SHARD, num_workers=min(workers, len(unread) // 64), collate_fn=list)
@@ -343,21 +354,23 @@ def read_all_images(cache: PixelCache, budget: float, workers: int) -> dict[str,
         for start, batch in zip(range(0, len(unread), IMAGES_PER_SHARD), loader):
             numbers = unread[start : start + len(batch)]
             progress.update(len(batch))
-            reasons.update({cache.paths[number]: reason for number, (_, reason, _) in zip(numbers, batch) if reason})
-            readable = [row for row, (_, reason, _) in enumerate(batch) if not reason]
-            fingerprints = np.array([batch[row][0] for row in readable], np.int64)
-            cache.fingerprints[numbers[readable]] = fingerprints
+            reasons.update({cache.paths[number]: why for number, (*_, why) in zip(numbers, batch) if why})
+            readable = [row for row, (entry, *_) in enumerate(batch) if entry]
+            entries = np.array([batch[row][0] for row in readable], CACHE_ENTRY)
+            numbers = numbers[readable]
+            entries["key"] = cache.keys[numbers]
+            cache.register(None, numbers, entries, has_pixels=False)
             try:
                 if cache.folder and readable:
-                    pixels = [batch[row][2] for row in readable if start + len(batch) <= room]
-                    cache.write_shard(numbers[readable], fingerprints, pixels)
+                    pixels = [batch[row][1] for row in readable if start + len(batch) <= room]
+                    cache.write_shard(numbers, entries, pixels)
             except OSError as error:  # the disk is full, or the folder may not be written
-                cache.folder, why = None, str(error)
+                cache.folder, limit = None, str(error)
     kept, known = np.count_nonzero(cache.places[:, 0] >= 0), np.count_nonzero(cache.fingerprints)
     seconds = time.perf_counter() - started
     print(f"Read {len(unread):,} images now, in {seconds:.1f} s; {kept:,} of {known:,} lie decoded in the cache")
     if kept < known:
-        print(f"The {known - kept:,} others are decoded again in every epoch: {why}")
+        print(f"The {known - kept:,} others are decoded again in every epoch: {limit}")
     return reasons
 
 
@@ -527,8 +540,10 @@ def split_by_recording(groups: np.ndarray, labels: np.ndarray, val_fraction: flo
     return in_val[groups]
 
 
-def split_images(folder: SpectrogramFolder, chosen: dict[str, int], settings: dict) -> tuple[Subset, Subset]:
-    """Split the chosen images into training and validation, and print what each side holds.
+def split_images(
+    folder: SpectrogramFolder, chosen: dict[str, int], settings: dict
+) -> tuple[Subset, Subset, Optional[dict[str, float]]]:
+    """Split the chosen images into training and validation, print what each side holds, and check for shortcuts.
 
     Raises:
         ValueError: a class has too few recordings.
@@ -553,7 +568,42 @@ def split_images(folder: SpectrogramFolder, chosen: dict[str, int], settings: di
             members = np.flatnonzero(mask & (labels == index))
             counts.append(f"{len(members):,} {name} images ({len({recordings[i] for i in members}):,} recordings)")
         print(f"{side}: {', '.join(counts)}")
-    return Subset(folder, indices[~in_val].tolist()), Subset(folder, indices[in_val].tolist())
+    shortcuts = check_shortcuts(folder.cache.looks[indices], labels, groups)
+    return Subset(folder, indices[~in_val].tolist()), Subset(folder, indices[in_val].tolist()), shortcuts
+
+
+def check_shortcuts(looks: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Optional[dict[str, float]]:
+    """Check whether the class can be told from what is not the voice, and warn if so.
+
+    Args:
+        looks: float32, shape (images, 4), as LOOKS names them; labels: class indices; groups: as `group_images`.
+
+    Returns:
+        {feature, or "all together": area under the ROC curve of a logistic regression, cross-validated by group, 0.5 to
+        1}; None where there are too few groups.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    folds = min(5, *(len(np.unique(groups[labels == label])) for label in range(len(CLASSES))))
+    if folds < 2:
+        return None
+    judge = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
+    split = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    results = {}
+    for name, columns in (*((name, [place]) for place, name in enumerate(LOOKS)), ("all together", slice(None))):
+        judged = cross_val_predict(
+            judge, looks[:, columns], labels, groups=groups, cv=split, method="decision_function"
+        )
+        results[name] = max(0.5, float(roc_auc_score(labels, judged)))
+    worst = max(results, key=results.get)
+    if results[worst] > SHORTCUT_AUC:
+        telling = ", ".join(f"{name} {auc:.2f}" for name, auc in results.items() if auc > SHORTCUT_AUC)
+        print(f"WARNING: the classes differ in what is not the voice (AUC: {telling}): the network may learn that")
+    return results
 
 
 # ---- Model
@@ -1078,7 +1128,8 @@ def main() -> int:
     model = build_model(initial, compute)
 
     chosen, unreadable = choose_images(folder, listed, here / CACHE_DIR, settings)
-    loaders = build_loaders(*split_images(folder, chosen, settings), compute, settings)
+    train, val, shortcuts = split_images(folder, chosen, settings)
+    loaders = build_loaders(train, val, compute, settings)
     facts = {
         "format": CHECKPOINT_FORMAT,
         "classes": list(CLASSES),
@@ -1092,6 +1143,7 @@ def main() -> int:
         "initial_weights": start,
         "recording_pattern": RECORDING_PATTERN,
         "unreadable_images": unreadable,
+        "shortcuts": shortcuts,
         "settings": settings,
         "versions": {
             "python": platform.python_version(),

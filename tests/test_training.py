@@ -25,7 +25,7 @@ def train_indices(folder, csvs, pattern=trainer.RECORDING_PATTERN):
     images = trainer.find_images(folder / "data")
     listed = trainer.list_holdout([folder / path for path in csvs], folder / "data")
     chosen, _ = trainer.choose_images(images, listed, folder / "models/cache", settings)
-    sides = trainer.split_images(images, chosen, settings)
+    *sides, _ = trainer.split_images(images, chosen, settings)
     return [[images.samples[i][0] for i in side.indices] for side in sides]
 
 
@@ -278,3 +278,44 @@ def test_same_seed_gives_the_same_weights(project, tmp_path):
         path = folder / "models/experiments/final_laundered_processed.pth"
         states.append(torch.load(path, weights_only=True)["state_dict"])
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def make_looks(seed=0, images=400):
+    """Looks, labels and groups in which nothing tells the class."""
+    draw = np.random.default_rng(seed)
+    looks = np.stack(
+        [np.full(images, 224), np.full(images, 224), draw.normal(0.4, 0.1, images), draw.random(images)], 1
+    )
+    return looks.astype(np.float32), np.arange(images) % 2, np.arange(images) // 4
+
+
+def test_shortcut_check_is_silent_where_nothing_tells_the_class(capsys):
+    results = trainer.check_shortcuts(*make_looks())
+    assert set(results) == {*trainer.LOOKS, "all together"}
+    assert max(results.values()) < 0.65
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_shortcut_check_names_what_tells_the_class(place, capsys):
+    looks, labels, groups = make_looks()
+    looks[:, place] += labels * 3 * (looks[:, place].std() or 1)
+    results = trainer.check_shortcuts(looks, labels, groups)
+    assert results[trainer.LOOKS[place]] > 0.9
+    assert trainer.LOOKS[place] in capsys.readouterr().out
+
+
+def test_shortcut_check_needs_two_recordings_of_each_class():
+    looks, labels, _ = make_looks(images=6)
+    assert trainer.check_shortcuts(looks, labels, np.array([0, 1, 0, 1, 0, 1])) is None
+
+
+def test_trainer_warns_of_images_of_another_size_in_one_class(project):
+    for path in (project / "data/original/combined").iterdir():
+        with Image.open(path) as image:
+            larger = image.resize((80, 80))
+        larger.save(path)
+    outcome = run(project, TRAINER, **QUICK)
+    assert "WARNING: the classes differ in what is not the voice (AUC: original width 1.00" in outcome.out
+    checkpoint = torch.load(project / "models/experiments/final_laundered_processed.pth", weights_only=True)
+    assert checkpoint["shortcuts"]["original height"] == 1.0
