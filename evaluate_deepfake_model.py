@@ -376,7 +376,8 @@ class Images(Dataset):
     """Item i is (pixels, fingerprint, ""), or (zeros, 0, the reason why path i cannot be read)."""
 
     def __init__(self, paths: list[str], size: int, threads: int) -> None:
-        self.paths, self.size, self.threads = paths, size, threads
+        self.paths, self.size = paths, size
+        self.map = ThreadPoolExecutor(threads).map if threads > 1 else map
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -390,8 +391,7 @@ class Images(Dataset):
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, reason
 
     def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int, str]]:
-        with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(self.__getitem__, indices))
+        return list(self.map(self.__getitem__, indices))
 
 
 def count_workers(setting: Optional[int]) -> int:
@@ -417,25 +417,28 @@ def score_images(paths: list[str], model: nn.Module, facts: dict, compute: Compu
     workers = count_workers(WORKERS) if on_gpu or WORKERS else 0
     images = Images(paths, facts["image_size"], threads=1 if workers else count_workers(None))
     loader = DataLoader(images, BATCH_SIZE, num_workers=workers, pin_memory=on_gpu)
-    margins, fingerprints, reasons = [], [], {}
+    # Filled in place: small tensors kept between large ones that come and go would let memory grow
+    margins = torch.empty(len(paths), device=compute.device)
+    fingerprints, reasons = torch.empty(len(paths), dtype=torch.int64), {}
     with tqdm(total=len(paths), desc="Judging images", unit=" images", disable=None) as progress:
         for pixels, batch_fingerprints, batch_reasons in loader:
             inputs = pixels.to(compute.device, non_blocking=True).float().sub_(mean).div_(std)
             with compute.autocast():
                 features = model(inputs.contiguous(memory_format=torch.channels_last))
             logits = head(features.float())
-            margins.append(logits[:, fake] - logits[:, 1 - fake])
-            fingerprints += batch_fingerprints.tolist()
+            place = slice(progress.n, progress.n + len(pixels))
+            torch.sub(logits[:, fake], logits[:, 1 - fake], out=margins[place])
+            fingerprints[place] = batch_fingerprints
             reasons.update((progress.n + row, reason) for row, reason in enumerate(batch_reasons) if reason)
             progress.update(len(batch_reasons))
-    values = torch.cat(margins).tolist()
+    values = margins.tolist()
     print(f"Judged {len(paths):,} images in {time.perf_counter() - started:.2f} s")
     judged = {path: values[i] for i, path in enumerate(paths) if i not in reasons}
     scale, offset = facts["calibration"]["scale"], facts["calibration"]["offset"]
     return Judged(
         judged,
         {path: -(scale * margin + offset) for path, margin in judged.items()},
-        dict(zip(paths, fingerprints)),
+        dict(zip(paths, fingerprints.tolist())),
         {paths[i]: reason for i, reason in reasons.items()},
     )
 
