@@ -5,11 +5,11 @@
 In:  images at any depth below DATA_DIR/deepfake/ and DATA_DIR/original/, all made in the same way
      (data/make_spectrograms.py makes them from audio files).
 Out: the best checkpoint by validation loss and the final one, and beside the final one
-     history.csv (a row per epoch) and learning_curves.png.
+     history.csv (a row per epoch) and learning_curves.png; decoded images in CACHE_DIR.
 
 What HOLDOUT_CSVS list is kept out of training and validation, so that evaluate_deepfake_model.py
 can judge the result on it. Runs on CUDA where there is one, else on the CPU.
-The demo data takes about 6 minutes on two cores with bfloat16 instructions, 11 without.
+The demo data takes about 5 minutes on two cores with bfloat16 instructions, twice as long without.
 """
 
 from __future__ import annotations

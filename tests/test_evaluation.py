@@ -122,6 +122,20 @@ def test_number_of_workers_and_batch_size_do_not_matter(judged):
     assert results[0] == pytest.approx(results[1], abs=2e-5)
 
 
+def test_rows_of_every_batch_keep_their_own_scores_and_reasons(judged):
+    names = sorted(str(path.relative_to(judged / "data")) for path in (judged / "data").rglob("*.png"))[:20]
+    scores = []
+    for order in (names, names[::-1]):
+        write_csv(judged / "test_data/test.csv", [["img_path"], *([name] for name in order), ["missing.png"]])
+        outcome = run(judged, EVALUATOR, WORKERS=0, BATCH_SIZE=3, PRECISION="float32")
+        rows = {row["img_path"]: row["deepfake_score"] for row in read_csv(judged / "test_data/test.csv")}
+        assert "row 22: " in outcome.err and "missing.png" in outcome.err
+        assert rows.pop("missing.png") == "" and all(rows.values())
+        scores.append({name: float(score) for name, score in rows.items()})
+    assert scores[0] == pytest.approx(scores[1], abs=2e-5)
+    assert len(set(scores[0].values())) == len(names)
+
+
 def test_csv_without_labels_gets_predictions_and_a_reason(judged):
     write_csv(judged / "test_data/test.csv", [["img_path"], ["original/combined/o0__clean_1.png"]])
     outcome = run(judged, EVALUATOR, WORKERS=0)
