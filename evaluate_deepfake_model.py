@@ -373,6 +373,12 @@ def name_recording(path: str, pattern: str) -> str:
     return (match and match.group(1)) or stem
 
 
+def to_input(pixels: torch.Tensor, facts: dict) -> torch.Tensor:
+    """Normalise pixels, uint8, shape (batch, 3, size, size), as the checkpoint's facts say: float32."""
+    mean, std = (torch.tensor(facts[name], device=pixels.device).view(3, 1, 1) * 255 for name in ("mean", "std"))
+    return pixels.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
 class Images(Dataset):
     """Item i is (pixels, fingerprint, ""), or (zeros, 0, the reason why path i cannot be read)."""
 
@@ -412,7 +418,6 @@ def score_images(paths: list[str], model: nn.Module, facts: dict, compute: Compu
     started = time.perf_counter()
     model = fuse_norms(copy.deepcopy(model)).to(compute.device, memory_format=torch.channels_last)
     head, model.fc = model.fc, nn.Identity()  # in float32: bfloat16 logits would tie
-    mean, std = (torch.tensor(facts[name], device=compute.device).view(3, 1, 1) * 255 for name in ("mean", "std"))
     fake = facts["classes"].index("Deepfake")
     on_gpu = compute.device.type == "cuda"
     workers = count_workers(WORKERS) if on_gpu or WORKERS else 0
@@ -424,9 +429,9 @@ def score_images(paths: list[str], model: nn.Module, facts: dict, compute: Compu
     done = 0  # a silent tqdm does not count
     with tqdm(total=len(paths), desc="Judging images", unit=" images", disable=None) as progress:
         for pixels, batch_fingerprints, batch_reasons in loader:
-            inputs = pixels.to(compute.device, non_blocking=True).float().sub_(mean).div_(std)
+            inputs = to_input(pixels.to(compute.device, non_blocking=True), facts)
             with compute.autocast():
-                features = model(inputs.contiguous(memory_format=torch.channels_last))
+                features = model(inputs)
             logits = head(features.float())
             place = slice(done, done + len(pixels))
             torch.sub(logits[:, fake], logits[:, 1 - fake], out=margins[place])
@@ -474,7 +479,8 @@ def write_predictions(job: Job, llr: dict[str, float]) -> bytes:
     Returns:
         The file's new content.
     """
-    scores = dict(zip(llr, to_scores(np.array(list(llr.values()))).tolist()))
+    values = np.array(list(llr.values()))
+    cells = {path: pair for path, *pair in zip(llr, name_verdicts(values), to_scores(values).tolist())}
     header = list(job.rows[0])
     header += [name for name in ("predicted_output", "deepfake_score") if name not in header]
     verdict_column, score_column = header.index("predicted_output"), header.index("deepfake_score")
@@ -482,8 +488,8 @@ def write_predictions(job: Job, llr: dict[str, float]) -> bytes:
     for number, row in enumerate(job.rows[1:], 2):
         if row:
             row = row + [""] * (len(header) - len(row))
-            score = scores.get(job.images[number])
-            row[verdict_column] = "" if score is None else decide(score)
+            verdict, score = cells.get(job.images[number], ("", None))
+            row[verdict_column] = verdict
             row[score_column] = "" if score is None else f"{score:.6f}"
         rows.append(row)
     content = format_table(rows, job.delimiter, job.path.read_bytes())
@@ -491,14 +497,24 @@ def write_predictions(job: Job, llr: dict[str, float]) -> bytes:
     return content
 
 
+def to_probability(llr: np.ndarray) -> np.ndarray:
+    """Turn log-likelihood ratios, higher = more bona fide, into probabilities of a fake."""
+    return 1 / (1 + np.exp(np.clip(llr, -700, 700)))
+
+
 def to_scores(llr: np.ndarray) -> np.ndarray:
     """Turn log-likelihood ratios, higher = more bona fide, into deepfake_scores: 0 to 1, six decimals."""
-    return np.round(1 / (1 + np.exp(np.clip(llr, -700, 700))), 6)
+    return np.round(to_probability(llr), 6)
 
 
-def decide(score: float) -> str:
-    """Return the verdict for a deepfake_score."""
-    return "Deepfake" if score >= 0.5 else "Original"
+def decide(llr: np.ndarray) -> np.ndarray:
+    """Decide by log-likelihood ratios, higher = more bona fide: True where the verdict is Deepfake."""
+    return to_scores(llr) >= 0.5
+
+
+def name_verdicts(llr: np.ndarray) -> list[str]:
+    """Name the verdicts of log-likelihood ratios."""
+    return np.where(decide(llr), "Deepfake", "Original").tolist()
 
 
 # ---- Measures. In the field's terms: bona fide = Original = target, higher score = more bona fide.
@@ -539,7 +555,7 @@ def compute_cllr(llr: np.ndarray, is_fake: np.ndarray) -> float:
 
 def compute_ece(llr: np.ndarray, is_fake: np.ndarray, bins: int = 10) -> float:
     """Compute the expected calibration error of the probability of a fake, both classes weighing the same."""
-    probability = 1 / (1 + np.exp(np.clip(llr, -700, 700)))
+    probability = to_probability(llr)
     weights = np.where(is_fake, 0.5 / is_fake.sum(), 0.5 / (~is_fake).sum())
     place = np.minimum((probability * bins).astype(int), bins - 1)
     return float(np.abs(np.bincount(place, weights * (probability - is_fake), bins)).sum())
@@ -552,7 +568,7 @@ def measure(llr: np.ndarray, is_fake: np.ndarray) -> dict[str, Optional[float]]:
         llr: float, shape (rows,), calibrated, higher = more bona fide.
         is_fake: bool, same shape.
     """
-    called_fake = to_scores(llr) >= 0.5
+    called_fake = decide(llr)
     measures = {"accuracy": float((called_fake == is_fake).mean())}
     names = ("balanced_accuracy", "roc_auc", "eer", "min_dcf", "act_dcf", "cllr", "ece")
     measures |= dict.fromkeys((*names, "misses", "false_alarms", "half_total_error"))
@@ -599,7 +615,7 @@ def estimate_intervals(
     if of_fakes.sum() < 2 or (~of_fakes).sum() < 2:
         return {}
     random = np.random.default_rng(0)
-    right = (to_scores(llr) >= 0.5) == is_fake
+    right = decide(llr) == is_fake
     chunk, draws = max(1, min(50, 2_000_000 // len(llr))), max(100, min(draws, 200_000_000 // len(llr)))
     values = {"accuracy": [], "half_total_error": [], "roc_auc": [], "eer": []}
     for start in range(0, draws, chunk):
@@ -679,7 +695,7 @@ def draw_curves(path: Path, name: str, table: pandas.DataFrame) -> None:
         return np.clip(norm.ppf(np.clip(rate, 1e-9, 1 - 1e-9)), *edge)
 
     left.plot(place(false_alarms[0]), place(misses[0]), color=COLOURS["Original"], label="DET curve")
-    called_fake = to_scores(llr) >= 0.5
+    called_fake = decide(llr)
     own = (np.array((~called_fake)[is_fake].mean()), np.array(called_fake[~is_fake].mean()))
     rate = compute_eer(misses, false_alarms)[0]
     left.plot(*map(place, own), "s", color=COLOURS["Deepfake"], label=f"own threshold: {own[1]:.1%} and {own[0]:.1%}")
@@ -737,8 +753,7 @@ def map_activations(model: nn.Module, pixels: torch.Tensor, facts: dict) -> torc
     """
     kept = []
     hook = model.layer4.register_forward_hook(lambda *results: kept.append(results[-1]))
-    mean, std = (torch.tensor(facts[name]).view(3, 1, 1) * 255 for name in ("mean", "std"))
-    decided = model(((pixels.float() - mean) / std)[None]).argmax()
+    decided = model(to_input(pixels[None], facts)).argmax()
     hook.remove()
     evidence = torch.einsum("c,chw->hw", model.fc.weight[decided], kept[0][0])[None, None]
     evidence = nn.functional.interpolate(evidence, pixels.shape[1:], mode="bilinear")[0, 0].clamp_min(0)
@@ -747,7 +762,7 @@ def map_activations(model: nn.Module, pixels: torch.Tensor, facts: dict) -> torc
 
 def draw_mistakes(path: Path, table: pandas.DataFrame, model: nn.Module, facts: dict) -> None:
     """Draw the most confident mistakes of each kind above the most confident right verdicts, with activation maps."""
-    wrong = (to_scores(table["llr"].to_numpy(float)) >= 0.5) != table["is_fake"].to_numpy(bool)
+    wrong = decide(table["llr"].to_numpy(float)) != table["is_fake"].to_numpy(bool)
     kinds = [(mistake, label) for mistake in (True, False) for label in REPORT_ORDER]
     figure, axes = start_figure(12, 13, 4, 4)
     for row, (mistake, label) in zip(axes, kinds):
@@ -768,26 +783,24 @@ def draw_mistakes(path: Path, table: pandas.DataFrame, model: nn.Module, facts: 
     write_figure(path, figure)
 
 
-def choose_rows(job: Job, llr: dict[str, float], facts: dict) -> pandas.DataFrame:
+def choose_rows(job: Job, judged: Judged, facts: dict) -> pandas.DataFrame:
     """Choose the rows with a label and a score, as a table: what is measured is measured on it.
 
     Returns:
-        Columns row, img_path, path, recording, label, is_fake, llr, margin, and those of REPORT_BY that the CSV has.
+        Columns path, recording, label, is_fake, llr, margin, and those of REPORT_BY that the CSV has.
     """
     import pandas
 
     header, pattern = job.rows[0], facts["recording_pattern"]
-    columns = {name: header.index(name) for name in ("img_path", *REPORT_BY) if name in header}
+    columns = {name: header.index(name) for name in REPORT_BY if name in header}
     table = []
     for number, label in (job.labels or {}).items():
         path = job.images[number]
-        if path in llr:
+        if path in judged.llr:
             row = job.rows[number - 1]
             cells = {name: row[column] if column < len(row) else "" for name, column in columns.items()}
-            recording = name_recording(path, pattern)
-            table.append(
-                {"row": number, **cells, "path": path, "recording": recording, "label": label, "llr": llr[path]}
-            )
+            scores = {"llr": judged.llr[path], "margin": judged.margins[path]}
+            table.append({**cells, "path": path, "recording": name_recording(path, pattern), "label": label, **scores})
     table = pandas.DataFrame(table)
     if len(table):
         table["is_fake"] = table["label"] == "Deepfake"
@@ -823,7 +836,6 @@ def measure_conditions(table: pandas.DataFrame) -> list[dict]:
                 others = table[table["is_fake"] != part["is_fake"].iloc[0]]
                 measured = pandas.concat([part, others])
             measures = measure_table(measured)
-            own = measure(part["llr"].to_numpy(float), part["is_fake"].to_numpy(bool))
             parts.append(
                 {
                     "column": column,
@@ -833,7 +845,7 @@ def measure_conditions(table: pandas.DataFrame) -> list[dict]:
                     "classes": " and ".join(name for name in REPORT_ORDER if (part["label"] == name).any()),
                     "eer": measures["eer"],
                     "eer_interval_95": measures["intervals_95"].get("eer"),
-                    "accuracy": own["accuracy"],
+                    "accuracy": float((decide(part["llr"].to_numpy(float)) == part["is_fake"].to_numpy(bool)).mean()),
                 }
             )
     return sorted(parts, key=lambda part: (REPORT_BY.index(part["column"]), -(part["eer"] or 0)))
@@ -843,12 +855,12 @@ def merge_recordings(table: pandas.DataFrame) -> pandas.DataFrame:
     """Merge the images of each recording and label (and value of REPORT_BY): mean of their log-likelihood ratios."""
     keys = ["recording", *(column for column in REPORT_BY if column in table), "label", "is_fake"]
     merged = table.groupby(keys, sort=False, as_index=False).agg(parts=("llr", "size"), llr=("llr", "mean"))
-    merged["verdict"] = [decide(score) for score in to_scores(merged["llr"].to_numpy(float)).tolist()]
+    merged["verdict"] = name_verdicts(merged["llr"].to_numpy(float))
     return merged
 
 
-def count_seen(table: pandas.DataFrame, facts: dict, fingerprints: dict[str, int]) -> Optional[np.ndarray]:
-    """Tell which rows were trained or validated on: int, 2 as image, 1 as another image of its recording, 0 not.
+def check_seen(table: pandas.DataFrame, facts: dict, fingerprints: dict[str, int]) -> Optional[dict]:
+    """Count the rows that were trained or validated on, as image or as another image of a recording; measure the rest.
 
     Returns:
         None where the checkpoint does not say what it has seen.
@@ -856,10 +868,14 @@ def count_seen(table: pandas.DataFrame, facts: dict, fingerprints: dict[str, int
     if "seen_images" not in facts:
         return None
     images, recordings = (set(facts[name].tolist()) for name in ("seen_images", "seen_recordings"))
-    names = [take_fingerprint(os.fsencode(name)) for name in table["recording"]]
     as_image = np.array([fingerprints[path] in images for path in table["path"]])
-    as_recording = np.array([name in recordings for name in names])
-    return np.where(as_image, 2, as_recording.astype(int))
+    as_recording = np.array([take_fingerprint(os.fsencode(name)) in recordings for name in table["recording"]])
+    rest = table[~(as_image | as_recording)]
+    return {
+        "rows_as_image": int(as_image.sum()),
+        "rows_as_recording": int((as_recording & ~as_image).sum()),
+        "without_them": measure_table(rest) if 0 < len(rest) < len(table) else None,
+    }
 
 
 def format_rate(value: Optional[float], interval: Optional[list[float]] = None) -> str:
@@ -980,7 +996,7 @@ def report(job: Job, judged: Judged, model: nn.Module, facts: dict) -> Optional[
     """Write all that belongs to one CSV. Returns its entry for the summary, None where nothing can be measured."""
     from sklearn.metrics import classification_report, confusion_matrix
 
-    table = choose_rows(job, judged.llr, facts)
+    table = choose_rows(job, judged, facts)
     stem = job.path.with_suffix("")
     if not len(table):
         write_tables(stem, job, table, judged.llr, table)
@@ -988,11 +1004,11 @@ def report(job: Job, judged: Judged, model: nn.Module, facts: dict) -> Optional[
         print(f"{job.path.name}: no report, since {why}")
         return None
     merged = merge_recordings(table)
-    verdicts = [decide(score) for score in to_scores(table["llr"].to_numpy(float)).tolist()]
+    verdicts = name_verdicts(table["llr"].to_numpy(float))
     names = {"labels": list(REPORT_ORDER), "zero_division": 0}
     counts = confusion_matrix(table["label"], verdicts, labels=list(REPORT_ORDER))
     is_fake = table["is_fake"].to_numpy(bool)
-    raw = measure(-np.array([judged.margins[path] for path in table["path"]]), is_fake)
+    raw = measure(-table["margin"].to_numpy(float), is_fake)
     entry = {
         "rows": len(job.images),
         "labels": {name: int((table["label"] == name).sum()) for name in REPORT_ORDER},
@@ -1004,7 +1020,7 @@ def report(job: Job, judged: Judged, model: nn.Module, facts: dict) -> Optional[
         "classification_report_text": classification_report(table["label"], verdicts, digits=4, **names).rstrip(),
         "by_condition": measure_conditions(table),
         "shortcuts": facts.get("shortcuts"),
-        "seen": describe_seen(table, count_seen(table, facts, judged.fingerprints)),
+        "seen": check_seen(table, facts, judged.fingerprints),
     }
     text = format_report(job.path.name, entry)
     del entry["classification_report_text"]
@@ -1018,19 +1034,6 @@ def report(job: Job, judged: Judged, model: nn.Module, facts: dict) -> Optional[
         draw_conditions(stem.with_name(stem.name + "_conditions.png"), entry["by_condition"], entry["eer"])
     print(f"\n{text}")
     return {"file": job.path.name, "report": text, **entry}
-
-
-def describe_seen(table: pandas.DataFrame, seen: Optional[np.ndarray]) -> Optional[dict]:
-    """Count the rows that were seen in training, and measure without them."""
-    if seen is None:
-        return None
-    rest = table[seen == 0]
-    without = measure_table(rest) if 0 < len(rest) < len(table) else None
-    return {
-        "rows_as_image": int((seen == 2).sum()),
-        "rows_as_recording": int((seen == 1).sum()),
-        "without_them": without,
-    }
 
 
 # ---- Main

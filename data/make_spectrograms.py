@@ -41,9 +41,7 @@ INPUT_DIR = Path("../audio/original")  # folder of recordings, searched at any d
 OUTPUT_DIR = Path("original/combined")  # folder for the images; made where it is missing
 
 CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")  # also gain, clip; "reverb+noise": in turn
-BABBLE_DIR = (
-    None  # folder of recordings that the babble in "noise" is made of, the same for both classes; None: no babble
-)
+BABBLE_DIR = None  # folder of recordings for babble among the noises, one for both classes; None: no babble
 SNR_RANGE_DB = (5, 30)  # dB, speech over noise
 RT60_RANGE_S = (0.2, 0.8)  # s, time in which the reverberation falls by 60 dB
 SEED = 0  # of all that is drawn
@@ -467,10 +465,9 @@ def make_images(
     return written, failed
 
 
-def main() -> int:
-    """Make what is missing in OUTPUT_DIR. Returns the exit status: 0, or 1 if a file was left out."""
-    here = Path(__file__).resolve().parent
-    settings = {
+def collect_settings() -> dict:
+    """Collect the settings that shape images."""
+    return {
         "sample_rate": SAMPLE_RATE,
         "window_s": WINDOW_S,
         "hop_s": HOP_S,
@@ -483,6 +480,12 @@ def main() -> int:
         "rt60_range_s": RT60_RANGE_S,
         "seed": SEED,
     }
+
+
+def main() -> int:
+    """Make what is missing in OUTPUT_DIR. Returns the exit status: 0, or 1 if a file was left out."""
+    here = Path(__file__).resolve().parent
+    settings = collect_settings()
     check_settings({"conditions": CONDITIONS, **settings})
     settings = json.loads(json.dumps(settings))  # as the images will give them back
     paths = find_audio(here / INPUT_DIR)

@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import make_spectrograms as maker  # noqa: E402
 
+import evaluate_deepfake_model as evaluator  # noqa: E402
 import train_deepfake_detector as trainer  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
@@ -45,19 +46,7 @@ FOLDS = (  # generators and voices held out together, by the beginning of engine
 )
 SEEDS = (0, 1)
 CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")
-FORMAT = {
-    "sample_rate": 16000,
-    "window_s": 0.032,
-    "hop_s": 0.008,
-    "frequency_range_hz": [60, 3500],
-    "db_range": [-30, 40],
-    "seconds_per_image": 1.792,
-    "image_size": 224,
-    "grey_levels": 64,
-    "snr_range_db": [5, 30],
-    "rt60_range_s": [0.2, 0.8],
-    "seed": 0,
-}
+FORMAT = {"frequency_range_hz": [60, 3500]}  # what differs from the maker's own settings
 BASE = {"format": {}, "copies": ("clean",), "epochs": 15, "crop": 0.5, "augment": True, "rate": 1e-3, "ema": 0.0}
 RECIPES = {  # what differs from BASE
     "plain": {
@@ -74,7 +63,7 @@ RECIPES = {  # what differs from BASE
     "copies, average": {"copies": CONDITIONS, "ema": 0.998},
 }
 # ------------------------------------------------------------------------------------------------
-MAGMA = torch.tensor(colormaps["magma"](np.linspace(0, 1, FORMAT["grey_levels"]), bytes=True)[:, :3].copy())
+MAGMA = torch.tensor(colormaps["magma"](np.linspace(0, 1, maker.GREY_LEVELS), bytes=True)[:, :3].copy())
 COLOURS = torch.tensor(colormaps["magma"](np.linspace(0, 1, 256))[:, :3], dtype=torch.float32)
 
 
@@ -208,12 +197,8 @@ def score(model: nn.Module, pictures: list, clips: list[int], copy: int, compute
 
 
 def compute_eer(fake: np.ndarray, genuine: np.ndarray) -> float:
-    """Compute the equal error rate of scores that are higher for fakes."""
-    from sklearn.metrics import roc_curve
-
-    accused, found, _ = roc_curve(np.r_[np.ones(len(fake)), np.zeros(len(genuine))], np.r_[fake, genuine])
-    nearest = np.argmin(np.abs(accused + found - 1))
-    return float(accused[nearest] + 1 - found[nearest]) / 2
+    """Compute the equal error rate of scores that are higher for fakes, as the evaluator does."""
+    return evaluator.measure(-np.r_[fake, genuine], np.arange(len(fake) + len(genuine)) < len(fake))["eer"]
 
 
 def run_fold(recipe: dict, pictures: list, rows: list[dict], fold: int, seed: int, compute: trainer.Compute) -> dict:
@@ -230,14 +215,11 @@ def run_fold(recipe: dict, pictures: list, rows: list[dict], fold: int, seed: in
     measures = {"training_s": time.perf_counter() - started, "clips": len(chosen)}
 
     clean = score(model, pictures, validation, 0, compute)
-    threshold = float(np.mean([clean[labels[validation] == label].mean() for label in (0, 1)]))
+    known_fake, known_genuine = (clean[labels[validation] == label] for label in (0, 1))
     candidates = np.sort(clean)
-    errors = [
-        abs((clean[labels[validation] == 0] < t).mean() - (clean[labels[validation] == 1] >= t).mean())
-        for t in candidates
-    ]
-    threshold = float(candidates[int(np.argmin(errors))])
-    measures["validation_eer"] = compute_eer(clean[labels[validation] == 0], clean[labels[validation] == 1])
+    gaps = [abs((known_fake < value).mean() - (known_genuine >= value).mean()) for value in candidates]
+    threshold = float(candidates[int(np.argmin(gaps))])
+    measures["validation_eer"] = compute_eer(known_fake, known_genuine)
     both = np.array(test["both"])
     for copy, condition in enumerate(CONDITIONS):
         scores = score(model, pictures, test["both"], copy, compute)
@@ -245,10 +227,8 @@ def run_fold(recipe: dict, pictures: list, rows: list[dict], fold: int, seed: in
         measures[f"eer_{condition}"] = compute_eer(fake, genuine)
         if condition == "clean":
             measures["half_total_error"] = ((fake < threshold).mean() + (genuine >= threshold).mean()) / 2
-            known = score(model, pictures, validation, 0, compute)[labels[validation] == 1]
-            measures["eer_new_generator_known_voices"] = compute_eer(fake, known)
-            known = score(model, pictures, validation, 0, compute)[labels[validation] == 0]
-            measures["eer_known_generators_new_voices"] = compute_eer(known, genuine)
+            measures["eer_new_generator_known_voices"] = compute_eer(fake, known_genuine)
+            measures["eer_known_generators_new_voices"] = compute_eer(known_fake, genuine)
             for engine in sorted({rows[number]["engine"] for number in test["both"]} - {""}):
                 part = np.array([rows[number]["engine"] == engine for number in test["both"]])
                 measures[f"eer_clean_{engine}"] = compute_eer(scores[part], genuine)
@@ -286,7 +266,7 @@ def main() -> None:
                 if any((row["recipe"], row["fold"], row["seed"]) == (name, str(fold), str(seed)) for row in results):
                     continue
                 recipe = {**BASE, **RECIPES[name]}
-                pictures = load_pictures(rows, {**FORMAT, **recipe["format"]})
+                pictures = load_pictures(rows, {**maker.collect_settings(), **FORMAT, **recipe["format"]})
                 measures = run_fold(recipe, pictures, rows, fold, seed, compute)
                 print(name, fold, seed, {key: round(value, 3) for key, value in measures.items()}, flush=True)
                 results += [
