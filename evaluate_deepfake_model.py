@@ -19,6 +19,7 @@ import copy
 import csv
 import ctypes
 import datetime
+import glob
 import hashlib
 import io
 import json
@@ -32,11 +33,13 @@ import sys
 import textwrap
 import time
 import traceback
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Optional
 
 import numpy as np
 import torch
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
 MODEL_PATH = Path("models/experiments/best_laundered_processed.pth")
 IMG_BASE_PATH = Path("data")  # img_path is relative to this folder
 CSV_FILES = ["test_data/test.csv"]
+CSV_ENCODING = "utf-8"  # of the CSVs, with or without a byte order mark; "cp1252", "utf-16", ...
 REPORT_BY = ("source", "condition")  # columns of the CSV by whose values the report is broken down, where they exist
 # System
 BATCH_SIZE = 32  # images; larger is slower on a CPU
@@ -100,7 +104,8 @@ class Job(NamedTuple):
     """One CSV to judge."""
 
     path: Path
-    rows: list[list[str]]  # as they stand in the file, header first
+    before: bytes  # what the file held when it was read
+    rows: list[list[str]]  # as they stand in it, header first
     delimiter: str
     images: dict[int, str]  # row number -> absolute path of its image; rows that are blank lines are missing
     labels: Optional[dict[int, str]]  # row number -> class; rows with a blank label are missing; None: no such column
@@ -122,12 +127,13 @@ def parse_table(content: bytes, path: Path) -> tuple[list[list[str]], str]:
     """Parse a CSV as text: its rows, header first, and its delimiter (comma, semicolon or tab).
 
     Raises:
-        ValueError: it is not UTF-8, or has no column img_path.
+        ValueError: it is not in CSV_ENCODING, or has no column img_path.
     """
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+        text = content.decode(CSV_ENCODING).removeprefix("\ufeff")
+    except UnicodeError as error:
+        place = getattr(error, "start", 0)
+        raise ValueError(f"{path} is not {CSV_ENCODING} (byte {place}): set CSV_ENCODING, or save it anew") from None
     csv.field_size_limit(2**31 - 1)
     for delimiter in ",;\t":
         try:
@@ -142,17 +148,17 @@ def parse_table(content: bytes, path: Path) -> tuple[list[list[str]], str]:
 
 def format_table(rows: list[list[str]], delimiter: str, before: bytes) -> bytes:
     """Write rows as CSV with the BOM, line endings and end of file that the file had before."""
-    text = before.decode("utf-8")
+    text = before.decode(CSV_ENCODING)
     line_end = text.find("\n")
     newline = "\r\n" if text[line_end - 1 : line_end] == "\r" else "\n"
     if line_end < 0 and "\r" in text:
         newline = "\r"
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer, delimiter=delimiter, lineterminator=newline).writerows(rows)
-    after = buffer.getvalue()
+    lines = []  # before Python 3.13 a lone line break in a cell is quoted only where the terminator holds it
+    csv.writer(SimpleNamespace(write=lines.append), delimiter=delimiter, lineterminator="\r\n").writerows(rows)
+    after = "".join(line.removesuffix("\r\n") + newline for line in lines)
     if not text.endswith(("\n", "\r")):
         after = after[: -len(newline)]
-    return (text[:1] if text.startswith("\ufeff") else "").encode() + after.encode()
+    return ((text[:1] if text.startswith("\ufeff") else "") + after).encode(CSV_ENCODING)
 
 
 def resolve_image(base: Path, cell: str) -> str:
@@ -166,16 +172,26 @@ def parse_label(cell: str) -> Optional[str]:
     return next((name for name, words in LABELS.items() if word in words), None)
 
 
+def check_writable(path: Path) -> None:
+    """Raise ValueError if a file, or the folder that it lies in, is read-only: better now than after hours."""
+    path = Path(os.path.realpath(path))
+    for place in (path, path.parent):
+        if not os.access(place, os.W_OK) or not place.stat().st_mode & 0o222:
+            raise ValueError(f"{place} is read-only, so that predictions cannot be written")
+
+
 def read_job(path: Path, base: Path) -> Job:
     """Read one CSV and check all of it before any image is read.
 
     Raises:
         ValueError: the file is missing, or no CSV with a column img_path; a row has more cells than
-            the header; a label is unknown.
+            the header; a label is unknown; the file may not be written.
     """
     if not path.is_file():
         raise ValueError(f"CSV not found: {path}")
-    rows, delimiter = parse_table(path.read_bytes(), path)
+    check_writable(path)
+    before = path.read_bytes()
+    rows, delimiter = parse_table(before, path)
     header = rows[0]
     for name in ("img_path", "actual_output", "predicted_output", "deepfake_score"):
         if header.count(name) > 1:
@@ -197,7 +213,7 @@ def read_job(path: Path, base: Path) -> Job:
                     f"{path}, row {number}: unknown actual_output {cells[label_column]!r} "
                     f"(allowed: {allowed}, or blank)"
                 )
-    return Job(path, rows, delimiter, images, None if label_column is None else labels)
+    return Job(path, before, rows, delimiter, images, None if label_column is None else labels)
 
 
 def read_jobs(paths: list[Path], base: Path) -> tuple[list[Job], int]:
@@ -227,6 +243,32 @@ def read_jobs(paths: list[Path], base: Path) -> tuple[list[Job], int]:
 # ---- Model
 
 
+def load_content(path: Path) -> dict:
+    """Load what torch.save wrote, weights and plain types only, without running any code that a file may hold.
+
+    torch checks no checksums, so that a flipped bit would pass as a weight: the zip's own are checked here.
+
+    Raises:
+        ValueError: the file is damaged, or something else.
+    """
+    try:
+        content = path.read_bytes()
+        if content.lstrip().startswith(b"<"):
+            raise ValueError("it is a web page")
+        if content.startswith(b"PK") and (damaged := zipfile.ZipFile(io.BytesIO(content)).testzip()):
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(loaded, dict):
+            raise ValueError(f"it holds a {type(loaded).__name__}, no ResNet-18")
+        return loaded
+    except Exception as error:  # zipfile and torch raise many kinds on damaged or foreign files
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if "Weights only load failed" in reason:  # what follows it is advice to run the code
+            name = re.search(r"(?i)unsupported global:? (?:GLOBAL )?(\S+)", str(error))
+            reason = f"it holds {name[1] if name else 'more than weights'}, which is not loaded"
+        raise ValueError(f"{path} is no checkpoint of weights, or is damaged ({reason})") from None
+
+
 def load_detector(path: Path) -> tuple[nn.Module, dict]:
     """Rebuild a detector from a checkpoint, or from a bare state_dict, without running any code in it.
 
@@ -239,11 +281,9 @@ def load_detector(path: Path) -> tuple[nn.Module, dict]:
     if not path.is_file():
         raise ValueError(f"MODEL_PATH: file not found: {path} (train_deepfake_detector.py makes it)")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds on damaged or foreign files
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise ValueError(f"MODEL_PATH: {path} is no checkpoint of weights, or is damaged ({reason})") from None
-    facts = content if isinstance(content, dict) else {}
+        facts = load_content(path)
+    except ValueError as error:
+        raise ValueError(f"MODEL_PATH: {error}") from None
     state = facts.get("state_dict", facts)
     if "format" not in facts:
         print(
@@ -470,14 +510,36 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_predictions(job: Job, llr: dict[str, float]) -> bytes:
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Delete the temporary files of killed runs in a folder, for files of this name (or glob pattern)."""
+    for leftover in folder.glob(f".{name}.*.tmp"):
+        if not is_running(leftover.name.split(".")[-2]):
+            leftover.unlink(missing_ok=True)
+
+
+def is_running(process: str) -> bool:
+    """Tell whether there may be a process of this number."""
+    if os.name == "nt" or not process.isdigit():
+        return True  # nothing tells without a signal, and there every signal kills
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def write_predictions(job: Job, llr: dict[str, float]) -> tuple[Path, bytes]:
     """Write predicted_output and deepfake_score back into the CSV; every other cell keeps its text.
+
+    A CSV that was changed since it was read is left alone, and <name>.predicted.csv written instead.
 
     Args:
         llr: {path: log-likelihood ratio}; rows of other paths stay blank.
 
     Returns:
-        The file's new content.
+        The file that was written, and its content.
     """
     values = np.array(list(llr.values()))
     cells = {path: pair for path, *pair in zip(llr, name_verdicts(values), to_scores(values).tolist())}
@@ -492,9 +554,12 @@ def write_predictions(job: Job, llr: dict[str, float]) -> bytes:
             row[verdict_column] = verdict
             row[score_column] = "" if score is None else f"{score:.6f}"
         rows.append(row)
-    content = format_table(rows, job.delimiter, job.path.read_bytes())
-    write_file(job.path, content)
-    return content
+    content, path = format_table(rows, job.delimiter, job.before), job.path
+    if not path.is_file() or path.read_bytes() != job.before:
+        path = path.with_suffix(".predicted.csv")
+        print(f"{job.path} was changed since this run read it, and is left so: see {path}", file=sys.stderr)
+    write_file(path, content)
+    return path, content
 
 
 def to_probability(llr: np.ndarray) -> np.ndarray:
@@ -1045,10 +1110,16 @@ def check_settings() -> None:
     def is_whole(value: object, low: int) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
+    def is_encoding(value: object) -> bool:
+        with suppress(LookupError, TypeError):
+            return "".encode(value) is not None
+        return False
+
     rules = {
         "CSV_FILES": (isinstance(CSV_FILES, (list, tuple)), "a list of paths"),
         "BATCH_SIZE": (is_whole(BATCH_SIZE, 1), "a whole number of at least 1"),
         "WORKERS": (WORKERS is None or is_whole(WORKERS, 0), "a whole number of at least 0, or None"),
+        "CSV_ENCODING": (is_encoding(CSV_ENCODING), "a name of an encoding that Python knows"),
         "PRECISION": (PRECISION in ("auto", "float32"), "'auto' or 'float32'"),
     }
     wrong = [f"{name} = {globals()[name]!r} (allowed: {legal})" for name, (ok, legal) in rules.items() if not ok]
@@ -1086,9 +1157,12 @@ def main() -> int:
         "precision": str(compute.dtype).removeprefix("torch."),
         "time_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    summary, left_out = [], 0
+    summary, left_out, written = [], 0, []
     for job in jobs:
-        content = write_predictions(job, judged.llr)
+        for name in (glob.escape(job.path.stem) + "*", "aggregate_test_reports.json"):
+            remove_leftovers(job.path.parent, name)
+        path, content = write_predictions(job, judged.llr)
+        written.append(path)
         bad = [(number, path) for number, path in job.images.items() if path in judged.unreadable]
         for number, path in bad:
             print(f"no verdict: {job.path.name}, row {number}: {path}: {judged.unreadable[path]}", file=sys.stderr)
@@ -1098,13 +1172,14 @@ def main() -> int:
             unreadable_rows = [{"row": number, "reason": judged.unreadable[path]} for number, path in bad]
             csv_hash = hashlib.sha256(content).hexdigest()
             summary.append({**entry, "unreadable_rows": unreadable_rows, "csv_sha256": csv_hash, **origin})
-    print("Predictions written into " + ", ".join(str(job.path) for job in jobs))
+    print("Predictions written into " + ", ".join(map(str, written)))
+    broken += sum(path != job.path for path, job in zip(written, jobs))
     if summary:
         summary_path = jobs[0].path.with_name("aggregate_test_reports.json")
         write_file(summary_path, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
         print(f"Summary written to {summary_path}")
     if left_out or broken:
-        print(f"Left out: {left_out} rows without a verdict, {broken} CSVs", file=sys.stderr)
+        print(f"Left out: {left_out} rows without a verdict, {broken} CSVs left as they were", file=sys.stderr)
     return 1 if left_out or broken else 0
 
 
@@ -1116,21 +1191,25 @@ def run_script() -> int:
             return 0
         print("error: no arguments are taken: edit the settings at the top of the script", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, stop)
     try:
         return main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:  # one out of a worker process brings its traceback along
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
     except torch.OutOfMemoryError:
         print(f"error: out of memory: halve BATCH_SIZE (now {BATCH_SIZE})", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt as interrupt:
+        name, status = ("SIGTERM", 143) if interrupt.args else ("Ctrl-C", 130)
+        print(f"stopped by {name}; CSVs not yet written are as they were; run it again to judge them", file=sys.stderr)
+        return status
     except Exception:  # a fault of this script: the whole story, and not the status of a finished run
         traceback.print_exc()
-        return 2
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C; run it again to judge all rows", file=sys.stderr)
-        return 130
+    return 2
+
+
+def stop(number: int, frame: object) -> NoReturn:
+    """End on SIGTERM as on Ctrl-C."""
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":

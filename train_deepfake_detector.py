@@ -6,6 +6,8 @@ In:  images at any depth below DATA_DIR/deepfake/ and DATA_DIR/original/, all ma
      (data/make_spectrograms.py makes them from audio files).
 Out: the best checkpoint by validation loss and the final one, and beside the final one
      history.csv (a row per epoch) and learning_curves.png; decoded images in CACHE_DIR.
+     An interrupted run goes on by itself when it is started again; a finished one is
+     kept aside under names that begin with previous_.
 
 What HOLDOUT_CSVS list is kept out of training and validation, so that evaluate_deepfake_model.py
 can judge the result on it. Runs on CUDA where there is one, else on the CPU.
@@ -30,12 +32,13 @@ import sys
 import time
 import traceback
 import uuid
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, NoReturn, Optional
 
 import numpy as np
 import torch
@@ -52,6 +55,7 @@ from tqdm import tqdm
 # Paths
 DATA_DIR = Path("data")  # holds the folders deepfake/ and original/
 HOLDOUT_CSVS = ["test_data/test.csv"]  # their img_path column (relative to DATA_DIR) is never trained on; []: none
+CSV_ENCODING = "utf-8"  # of HOLDOUT_CSVS, with or without a byte order mark; "cp1252", "utf-16", ...
 BEST_MODEL_PATH = Path("models/experiments/best_laundered_processed.pth")
 FINAL_MODEL_PATH = Path("models/experiments/final_laundered_processed.pth")
 CACHE_DIR = Path("models/cache")  # keeps decoded images, so that a file is decoded once; may be deleted at any time
@@ -75,6 +79,7 @@ SEED = 0
 WORKERS = None  # processes that read images; 0: the main process; None: what fits the machine and the job
 CACHE_GB = 20  # gigabytes that CACHE_DIR may hold; images beyond are decoded again in every epoch; 0: all are
 PRECISION = "auto"  # "auto": bfloat16 or float16 where the hardware gains by it; "float32"
+RESUME = True  # go on with an interrupted run; False: begin afresh
 # ------------------------------------------------------------------------------------------------
 SETTINGS = [name for name in dir() if name.isupper()]  # the block above, and nothing of what follows
 
@@ -84,6 +89,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 DOWNLOAD_TIMEOUT_S = 30  # without a single byte; torch.hub itself would wait for ever
 CHECKPOINT_FORMAT = 1
+STATE_NAME = "resume_state.pth"  # beside the final checkpoint; the state before it: previous_resume_state.pth
+NOT_SHAPING = (  # settings that may change between an interrupted run and the one that goes on with it
+    *("DATA_DIR", "HOLDOUT_CSVS", "CSV_ENCODING", "BEST_MODEL_PATH", "FINAL_MODEL_PATH", "CACHE_DIR"),
+    *("MAX_UNREADABLE", "WORKERS", "CACHE_GB", "RESUME"),
+)
 BRIGHTNESS_PER_DB = 1 / 70  # for augmentation: the demo images' scale, from -30 to +40 dB
 SHORTEST_CROP = 48  # pixels; at 32 and less oneDNN (torch 2.14, 2.15) gave wrong bfloat16 gradients for layer4.0.conv1
 SHORTCUT_AUC = 0.75  # above it the class can be told from what is not the voice
@@ -344,6 +354,7 @@ def read_all_images(cache: PixelCache, budget: float, workers: int) -> dict[str,
     try:
         if cache.folder:
             cache.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(cache.folder, "*.shard")
             room = cache.make_room(len(lacking), budget)
     except OSError as error:
         cache.folder, limit = None, str(error)
@@ -381,12 +392,13 @@ def parse_table(content: bytes, path: Path) -> tuple[list[list[str]], str]:
     """Parse a CSV as text: its rows, header first, and its delimiter (comma, semicolon or tab).
 
     Raises:
-        ValueError: it is not UTF-8, or has no column img_path.
+        ValueError: it is not in CSV_ENCODING, or has no column img_path.
     """
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+        text = content.decode(CSV_ENCODING).removeprefix("\ufeff")
+    except UnicodeError as error:
+        place = getattr(error, "start", 0)
+        raise ValueError(f"{path} is not {CSV_ENCODING} (byte {place}): set CSV_ENCODING, or save it anew") from None
     csv.field_size_limit(2**31 - 1)
     for delimiter in ",;\t":
         try:
@@ -609,19 +621,43 @@ def check_shortcuts(looks: np.ndarray, labels: np.ndarray, groups: np.ndarray) -
 # ---- Model
 
 
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Load a state_dict, or the one inside a checkpoint, without running any code that a file may hold.
+def load_content(path: Path) -> dict:
+    """Load what torch.save wrote, weights and plain types only, without running any code that a file may hold.
+
+    torch checks no checksums, so that a flipped bit would pass as a weight: the zip's own are checked here.
 
     Raises:
-        ValueError: the file cannot be read as such.
+        ValueError: the file is damaged, or something else.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content.get("state_dict", content)
-        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    except Exception as error:  # torch.load raises many kinds on damaged or foreign files
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path} holds no weights that can be loaded ({reason})") from None
+        content = path.read_bytes()
+        if content.lstrip().startswith(b"<"):
+            raise ValueError("it is a web page")
+        if content.startswith(b"PK") and (damaged := zipfile.ZipFile(io.BytesIO(content)).testzip()):
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(loaded, dict):
+            raise ValueError(f"it holds a {type(loaded).__name__}, no ResNet-18")
+        return loaded
+    except Exception as error:  # zipfile and torch raise many kinds on damaged or foreign files
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if "Weights only load failed" in reason:  # what follows it is advice to run the code
+            name = re.search(r"(?i)unsupported global:? (?:GLOBAL )?(\S+)", str(error))
+            reason = f"it holds {name[1] if name else 'more than weights'}, which is not loaded"
+        raise ValueError(f"{path} is no checkpoint of weights, or is damaged ({reason})") from None
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Load a state_dict, or the one inside a checkpoint.
+
+    Raises:
+        ValueError: the file holds none.
+    """
+    content = load_content(path)
+    state = content.get("state_dict", content)
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} holds no weights")
+    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 @contextmanager
@@ -748,7 +784,7 @@ def build_optimisation(model: nn.Module, loader: DataLoader, compute: Compute, s
     labels = torch.tensor([loader.dataset.dataset.targets[i] for i in loader.dataset.indices])
     counts = torch.bincount(labels, minlength=len(CLASSES))
     weights = (len(labels) / (len(CLASSES) * counts)).to(compute.device)
-    loss = nn.CrossEntropyLoss(weights, label_smoothing=settings["LABEL_SMOOTHING"])
+    loss = nn.CrossEntropyLoss(weights, label_smoothing=settings["LABEL_SMOOTHING"], reduction="sum")
     rate, steps = settings["LEARNING_RATE"], len(loader) * settings["EPOCHS"]
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=settings["WEIGHT_DECAY"], fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(scale_rate, steps=steps))
@@ -850,38 +886,115 @@ def augment(images: torch.Tensor, colours: torch.Tensor, crop: float, draw: torc
     return images.add_(paint(after).sub_(paint(before))).clamp_(0, 1)
 
 
+class MicroBatches:
+    """Lets batches be computed in as many parts as the memory demands.
+
+    Attributes:
+        parts: 1 until the memory ran out.
+    """
+
+    def __init__(self) -> None:
+        self.parts = 1
+
+    def run(self, work: Callable[[int], torch.Tensor], images: int) -> torch.Tensor:
+        """Return work(size of a part) for a batch of images; where the memory runs out, again with half the size.
+
+        Raises:
+            torch.OutOfMemoryError: a single image is too much.
+        """
+        while True:
+            size = math.ceil(images / self.parts)
+            try:
+                return work(size)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            if self.parts == 1:
+                print(
+                    "\nOut of memory: from here on batches are computed in parts; a step still takes BATCH_SIZE "
+                    "images, but batch normalisation sees fewer at a time",
+                    flush=True,
+                )
+            self.parts *= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def add_gradients(
+    model: nn.Module,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    optimisation: Optimisation,
+    compute: Compute,
+    size: int,
+) -> torch.Tensor:
+    """Compute a batch's gradients in parts of `size` images. Returns the batch's loss, a scalar."""
+    loss_fn, optimizer, _, scaler = optimisation
+    optimizer.zero_grad(set_to_none=True)
+    total, weight = torch.zeros((), device=compute.device), loss_fn.weight[labels].sum()
+    for part_inputs, part_labels in zip(inputs.split(size), labels.split(size)):
+        with compute.autocast():
+            logits = model(part_inputs)
+        loss = loss_fn(logits.float(), part_labels) / weight
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
 def train_one_epoch(
-    model: nn.Module, loader: DataLoader, optimisation: Optimisation, compute: Compute, change: Callable
+    model: nn.Module,
+    loader: DataLoader,
+    optimisation: Optimisation,
+    compute: Compute,
+    change: Callable,
+    micro: MicroBatches,
 ) -> float:
-    """Take one optimizer step per batch of images changed by `change`. Returns the mean loss."""
-    loss_fn, optimizer, schedule, scaler = optimisation
+    """Take one optimizer step per batch of images changed by `change`. Returns the mean loss.
+
+    Raises:
+        ValueError: a loss is not finite.
+    """
     model.train()
-    total = torch.zeros((), device=compute.device)
+    losses = []
     for images, labels in tqdm(loader, "Training", leave=False, unit=" batches", disable=None):
         images = images.to(compute.device, non_blocking=True).float().div_(255)
         labels = labels.to(compute.device, non_blocking=True)
         inputs = to_input(change(images))
-        with compute.autocast():
-            logits = model(inputs)
-        loss = loss_fn(logits.float(), labels)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        schedule.step()
-        total += loss.detach()
-    return total.item() / len(loader)
+        losses.append(micro.run(partial(add_gradients, model, inputs, labels, optimisation, compute), len(inputs)))
+        if len(losses) % 50 == 0 or len(losses) == len(loader):  # seldom: the GPU has to be waited for
+            check_losses(losses[-50:], len(losses))
+        optimisation.scaler.step(optimisation.optimizer)
+        optimisation.scaler.update()
+        optimisation.schedule.step()
+    return torch.stack(losses).mean().item()
+
+
+def check_losses(losses: list[torch.Tensor], steps: int) -> None:
+    """Raise ValueError if one of the last losses, up to this number of steps in the epoch, is not finite."""
+    wrong = torch.nonzero(~torch.isfinite(torch.stack(losses))).flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"training went astray: the loss of step {steps - len(losses) + wrong[0] + 1} of this epoch is not finite; "
+            "lower LEARNING_RATE, or set PRECISION = 'float32' (the best checkpoint so far is intact)"
+        )
+
+
+def compute_logits(model: nn.Module, inputs: torch.Tensor, compute: Compute, size: int) -> torch.Tensor:
+    """Compute a batch's logits in parts of `size` images: float32 (images, classes)."""
+    with compute.autocast():
+        return torch.cat([model(part) for part in inputs.split(size)]).float()
 
 
 @torch.inference_mode()
-def predict_logits(model: nn.Module, loader: DataLoader, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
+def predict_logits(
+    model: nn.Module, loader: DataLoader, compute: Compute, micro: MicroBatches
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the logits of every image: float32 (images, classes), and the labels (images,), on the CPU."""
     model.eval()
     logits, labels = [], []
     for images, batch_labels in loader:
-        with compute.autocast():
-            output = model(to_input(images.to(compute.device, non_blocking=True).float().div_(255)))
-        logits.append(output.float())
+        inputs = to_input(images.to(compute.device, non_blocking=True).float().div_(255))
+        logits.append(micro.run(partial(compute_logits, model, inputs, compute), len(inputs)))
         labels.append(batch_labels)
     return torch.cat(logits).cpu(), torch.cat(labels)
 
@@ -895,7 +1008,7 @@ def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
     if not torch.isfinite(logits).all():
-        raise ValueError("training went astray (outputs not finite): lower LEARNING_RATE, or PRECISION = 'float32'")
+        raise ValueError("training went astray: outputs not finite; lower LEARNING_RATE, or PRECISION = 'float32'")
     weights = 1 / torch.bincount(labels, minlength=len(CLASSES))
     loss = nn.functional.cross_entropy(logits, labels, weights.float())
     margin = (logits[:, 1] - logits[:, 0]).numpy()
@@ -953,6 +1066,89 @@ def save_checkpoint(path: Path, model: nn.Module, facts: dict) -> None:
     buffer = io.BytesIO()
     torch.save({"state_dict": state, **facts}, buffer)
     write_file(path, buffer.getvalue())
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Save what the next run needs to go on, and keep the state before it: one of them is whole at any moment."""
+    if path.exists():
+        os.replace(path, path.with_name("previous_" + path.name))
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load_state(path: Path) -> Optional[dict]:
+    """Load the state that an interrupted run left, or where it is damaged the one before it; None: there is none.
+
+    Raises:
+        ValueError: all that is there is damaged.
+    """
+    reasons = []
+    for candidate in (path, path.with_name("previous_" + path.name)):
+        if candidate.exists():
+            try:
+                state = load_content(candidate)
+                break
+            except ValueError as error:
+                reasons.append(str(error))
+    else:
+        if reasons:
+            raise ValueError(f"{'; '.join(reasons)}: nothing to go on with; RESUME = False begins afresh")
+        return None
+    for reason in reasons:
+        print(f"Warning: {reason}; the state before it is used")
+    return state
+
+
+def compare_runs(before: dict, now: dict) -> None:
+    """Raise ValueError that names what shapes the result and differs from the interrupted run."""
+    differing = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if before.get(name) != now[name]]
+    if differing:
+        raise ValueError(
+            f"the interrupted run cannot go on: {'; '.join(differing)} (set these back, or RESUME = False: afresh)"
+        )
+
+
+def check_best(path: Path, history: list[dict]) -> None:
+    """Raise ValueError if the best checkpoint is not the one that an interrupted run's history tells of, or newer."""
+    best = min(history, key=lambda row: row["val_loss"])
+    found = load_content(path).get("epoch", 0) if path.exists() else 0
+    if found < best["epoch"]:
+        raise ValueError(f"{path} is not of epoch {best['epoch']}: put it back, or RESUME = False to begin afresh")
+
+
+def begin_afresh(paths: list[Path], final_path: Path, state_path: Path) -> None:
+    """Keep the files of the run before under names that begin with previous_, one generation; delete its state.
+
+    A finished run is never given up for an unfinished one.
+    """
+    aside = {path: path.with_name("previous_" + path.name) for path in paths}
+    if final_path.exists() or not aside[final_path].exists():
+        for path in filter(Path.exists, paths):
+            os.replace(path, aside[path])
+            print(f"Kept from the run before: {aside[path].name}")
+    for path in (state_path, state_path.with_name("previous_" + state_path.name)):
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Delete the temporary files of killed runs in a folder, for files of this name (or glob pattern)."""
+    for leftover in folder.glob(f".{name}.*.tmp"):
+        if not is_running(leftover.name.split(".")[-2]):
+            leftover.unlink(missing_ok=True)
+
+
+def is_running(process: str) -> bool:
+    """Tell whether there may be a process of this number."""
+    if os.name == "nt" or not process.isdigit():
+        return True  # nothing tells without a signal, and there every signal kills
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def write_history(path: Path, history: list[dict]) -> None:
@@ -1026,6 +1222,12 @@ def check_settings(settings: dict) -> None:
         wrong.append(("HOLDOUT_CSVS", "a list of paths"))
     if not isinstance(settings["PRETRAINED"], (str, Path, type(None))):
         wrong.append(("PRETRAINED", "'IMAGENET1K_V1', a path, or None"))
+    try:
+        "".encode(settings["CSV_ENCODING"])
+    except (LookupError, TypeError):
+        wrong.append(("CSV_ENCODING", "a name of an encoding that Python knows"))
+    if not isinstance(settings["RESUME"], bool):
+        wrong.append(("RESUME", "True or False"))
     if settings["PRECISION"] not in ("auto", "float32"):
         wrong.append(("PRECISION", "'auto' or 'float32'"))
     try:
@@ -1062,11 +1264,32 @@ def build_loaders(train: Subset, val: Subset, compute: Compute, settings: dict) 
     )
 
 
-def fit(model: nn.Module, loaders: tuple[DataLoader, DataLoader], compute: Compute, facts: dict, here: Path) -> dict:
-    """Train, validate and print a line per epoch; keep history and best checkpoint up to date.
+def describe_run(train: Subset, val: Subset, chosen: dict[str, int], settings: dict, data_dir: Path) -> dict:
+    """Describe what shapes the result: a run can only go on where none of it has changed."""
+    paths = list(chosen)
+    names = [os.path.relpath(path, data_dir) for path in paths]
+    listing = repr([(name, chosen[path]) for name, path in zip(names, paths)] + [train.indices, val.indices])
+    return {
+        **{name: value for name, value in settings.items() if name not in NOT_SHAPING},
+        "the list of images": f"{len(paths)} images, digest {take_fingerprint(listing.encode()):x}",
+    }
+
+
+def fit(
+    model: nn.Module,
+    loaders: tuple[DataLoader, DataLoader],
+    compute: Compute,
+    facts: dict,
+    run: dict,
+    state: Optional[dict],
+    here: Path,
+) -> dict:
+    """Train, validate and print a line per epoch; keep history, best checkpoint and state up to date.
 
     Args:
         facts: what every checkpoint holds beside weights, epoch and metrics.
+        run: as `describe_run` returns it.
+        state: what an interrupted run left; None: begin afresh.
         here: the folder that relative paths start at.
 
     Returns:
@@ -1075,38 +1298,53 @@ def fit(model: nn.Module, loaders: tuple[DataLoader, DataLoader], compute: Compu
     train_loader, val_loader = loaders
     settings = facts["settings"]
     best_path, final_path = here / settings["BEST_MODEL_PATH"], here / settings["FINAL_MODEL_PATH"]
+    history_path, curves_path, state_path = map(
+        final_path.with_name, ("history.csv", "learning_curves.png", STATE_NAME)
+    )
     colours = learn_colours(train_loader.dataset).to(compute.device)
     draw = torch.Generator(compute.device)
     change = partial(augment, colours=colours, crop=settings["TIME_CROP"], draw=draw)
     optimisation = build_optimisation(model, train_loader, compute, settings)
-    history, best = [], None
-    for epoch in range(1, settings["EPOCHS"] + 1):
-        started = time.perf_counter()
+    parts = {"model": model, **{name: getattr(optimisation, name) for name in ("optimizer", "schedule", "scaler")}}
+    history, of_epoch = [], {}
+    if state:
+        history, of_epoch = state["history"], state["of_epoch"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    micro = MicroBatches()
+    while len(history) < settings["EPOCHS"]:
+        best = min(history, key=lambda row: row["val_loss"], default=None)  # the first of equals
+        if best and len(history) - best["epoch"] >= settings["PATIENCE"]:
+            print(f"Stopped early: no lower validation loss in {settings['PATIENCE']} epochs")
+            break
+        started, epoch = time.perf_counter(), len(history) + 1
         for generator in (draw, train_loader.generator):
             generator.manual_seed(settings["SEED"] * 1_000_003 + epoch)
         row = {"epoch": epoch, "learning_rate": optimisation.schedule.get_last_lr()[0]}
-        row["train_loss"] = train_one_epoch(model, train_loader, optimisation, compute, change)
-        logits, labels = predict_logits(model, val_loader, compute)
+        row["train_loss"] = train_one_epoch(model, train_loader, optimisation, compute, change, micro)
+        logits, labels = predict_logits(model, val_loader, compute, micro)
         row.update(measure(logits, labels))
         row["seconds"] = time.perf_counter() - started
-        history.append(row)
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-        write_history(final_path.parent / "history.csv", history)
-        facts = {
-            **facts,
+        if not history:
+            begin_afresh([best_path, final_path, history_path, curves_path], final_path, state_path)
+        history.append(row)
+        of_epoch = {
             "epoch": epoch,
             "metrics": {name: row[name] for name in METRICS},
             "calibration": fit_calibration(logits, labels),
         }
         if best is None or row["val_loss"] < best["val_loss"]:
-            best = row
-            save_checkpoint(best_path, model, facts)
-        elif epoch - best["epoch"] >= settings["PATIENCE"]:
-            print(f"Stopped early: no lower validation loss in {settings['PATIENCE']} epochs")
-            break
-    save_checkpoint(final_path, model, facts)
-    draw_curves(final_path.parent / "learning_curves.png", history)
-    return best
+            save_checkpoint(best_path, model, {**facts, **of_epoch})
+        write_history(history_path, history)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        start = facts["initial_weights"]
+        save_state(state_path, {**state, "history": history, "of_epoch": of_epoch, "run": run, "start": start})
+    save_checkpoint(final_path, model, {**facts, **of_epoch})
+    draw_curves(curves_path, history)
+    for path in (state_path, state_path.with_name("previous_" + state_path.name)):
+        path.unlink(missing_ok=True)  # what is finished is not gone on with
+    return min(history, key=lambda row: row["val_loss"])
 
 
 def main() -> int:
@@ -1116,19 +1354,34 @@ def main() -> int:
     check_settings(settings)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     data_dir = Path(os.path.normpath(here / DATA_DIR))
-    for path in (BEST_MODEL_PATH, FINAL_MODEL_PATH):
-        (here / path).parent.mkdir(parents=True, exist_ok=True)
+    best_path, final_path = here / BEST_MODEL_PATH, here / FINAL_MODEL_PATH
+    for path in (best_path, final_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK) or path.is_dir():
+            raise ValueError(f"{path} cannot be written: its folder is read-only, or it is a folder itself")
+        remove_leftovers(path.parent, "*")
     keep_freed_memory()
     compute = choose_compute(PRECISION)
     listed = list_holdout([here / path for path in HOLDOUT_CSVS], data_dir)
     folder = find_images(data_dir)
-    initial, start = get_initial_weights(PRETRAINED, here)
-    settings["LEARNING_RATE"] = LEARNING_RATE or (1e-3 if initial is None else 3e-4)
+    state = load_state(final_path.with_name(STATE_NAME)) if RESUME else None
+    if state:
+        initial, start = None, state["start"]
+    else:
+        initial, start = get_initial_weights(PRETRAINED, here)
+    from_random = start.startswith("random")
+    run_settings = settings
+    settings = {**settings, "LEARNING_RATE": LEARNING_RATE or (1e-3 if from_random else 3e-4)}
     torch.manual_seed(SEED)
     model = build_model(initial, compute)
 
     chosen, unreadable = choose_images(folder, listed, here / CACHE_DIR, settings)
     train, val, shortcuts = split_images(folder, chosen, settings)
+    run = describe_run(train, val, chosen, run_settings, data_dir)
+    if state:
+        compare_runs(state["run"], run)
+        check_best(best_path, state["history"])
+        print(f"Going on after epoch {len(state['history'])} of a run that was interrupted (RESUME = False: afresh)")
     loaders = build_loaders(train, val, compute, settings)
     facts = {
         "format": CHECKPOINT_FORMAT,
@@ -1152,8 +1405,8 @@ def main() -> int:
         },
     }
     print(f"Start: {start}; learning rate {settings['LEARNING_RATE']:g}, at most {EPOCHS} epochs")
-    best = fit(model, loaders, compute, facts, here)
-    if initial is None and PRETRAINED is not None:
+    best = fit(model, loaders, compute, facts, run, state, here)
+    if from_random and PRETRAINED is not None:
         print(f"WARNING: this model started from random weights: {start}")
     print(f"Best epoch {best['epoch']}: validation loss {best['val_loss']:.4f}, AUC {best['val_auc']:.4f}")
     print(f"Best checkpoint   {BEST_MODEL_PATH}")
@@ -1170,24 +1423,26 @@ def run_script() -> int:
             return 0
         print("error: no arguments are taken: edit the settings at the top of the script", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, stop)
     try:
         return main()
     except (ValueError, OSError) as error:  # one out of a worker process brings its traceback along
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        return 2
     except torch.OutOfMemoryError:
-        print(
-            f"error: out of memory: halve BATCH_SIZE (now {BATCH_SIZE}) or IMAGE_SIZE (now {IMAGE_SIZE})",
-            file=sys.stderr,
-        )
-        return 2
+        print(f"error: out of memory with one image at a time: halve IMAGE_SIZE (now {IMAGE_SIZE})", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        way_on = "run it again" if RESUME else "set RESUME = True and run it again"
+        name, status = ("SIGTERM", 143) if interrupt.args else ("Ctrl-C", 130)
+        print(f"stopped by {name}; {way_on}, and it goes on after the last finished epoch", file=sys.stderr)
+        return status
     except Exception:  # a fault of this script: the whole story, and not the status of a finished run
         traceback.print_exc()
-        return 2
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C; checkpoints are as the last finished epoch left them", file=sys.stderr)
-        return 130
+    return 2
+
+
+def stop(number: int, frame: object) -> NoReturn:
+    """End on SIGTERM as on Ctrl-C."""
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":

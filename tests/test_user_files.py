@@ -1,0 +1,135 @@
+"""Files of users and of strangers: the CSV keeps what is in it, no checkpoint runs code or loads damaged."""
+
+import csv
+import io
+import os
+import random
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.chaos import damage_checkpoint
+from conftest import EVALUATOR, read_csv, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.models import resnet
+
+import evaluate_deepfake_model as evaluator
+
+CHECKPOINT = "models/experiments/best_laundered_processed.pth"
+OURS = ("img_path", "actual_output", "predicted_output", "deepfake_score")
+
+
+# ---- The user's CSV
+
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+
+
+@given(
+    names=st.lists(CELLS.filter(lambda name: name not in OURS), max_size=3, unique=True),
+    lines=st.lists(st.lists(CELLS, max_size=3), max_size=5),
+    delimiter=st.sampled_from(",;\t"),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    mark=st.sampled_from(["", "\ufeff"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_every_other_cell_of_any_csv_reads_back_the_same(names, lines, delimiter, newline, mark):
+    buffer = io.StringIO(newline="")
+    rows = [["img_path", *names], *(["x.png", *line[: len(names)]] for line in lines)]
+    csv.writer(buffer, delimiter=delimiter, lineterminator=newline, quoting=csv.QUOTE_ALL).writerows(rows)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "list.csv"
+        path.write_bytes((mark + buffer.getvalue()).encode())
+        job = evaluator.read_job(path, Path(folder))
+        assert job.rows == rows
+        llr = {job.images[number]: -1.5 for number in list(job.images)[:3]}
+        evaluator.write_predictions(job, llr)
+        once = path.read_bytes()
+        again = evaluator.read_job(path, Path(folder))
+        places = [index for index, name in enumerate(again.rows[0]) if name not in OURS[2:]]
+        width = len(rows[0])
+        for before, after in zip(rows, again.rows):
+            assert [after[index] for index in places] == before + [""] * (width - len(before))
+        assert once.decode().startswith(mark)
+        evaluator.write_predictions(again, llr)
+        assert path.read_bytes() == once
+
+
+def test_csv_in_another_encoding_needs_the_setting_and_keeps_it(judged):
+    text = "img_path;Bemerkung\noriginal/combined/o0__clean_1.png;Größe\n"
+    (judged / "test_data/test.csv").write_bytes(text.encode("cp1252"))
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert (outcome.status, len(outcome.err.splitlines())) == (2, 1)
+    assert "is not utf-8 (byte 55): set CSV_ENCODING, or save it anew" in outcome.err
+    assert run(judged, EVALUATOR, WORKERS=0, CSV_ENCODING="cp1252").status == 0
+    written = (judged / "test_data/test.csv").read_bytes().decode("cp1252")
+    assert written.startswith(
+        "img_path;Bemerkung;predicted_output;deepfake_score\noriginal/combined/o0__clean_1.png;Größe;"
+    )
+
+
+def test_utf_16_keeps_its_byte_order_mark(judged):
+    (judged / "test_data/test.csv").write_bytes("img_path\noriginal/combined/o0__clean_1.png\n".encode("utf-16"))
+    assert run(judged, EVALUATOR, WORKERS=0, CSV_ENCODING="utf-16").status == 0
+    assert "predicted_output" in (judged / "test_data/test.csv").read_bytes().decode("utf-16")
+
+
+@pytest.mark.parametrize("place", ["test_data/test.csv", "test_data"])
+def test_read_only_csv_or_folder_is_refused_before_any_image_is_read(judged, place, monkeypatch):
+    monkeypatch.setattr(Image, "open", None)
+    (judged / place).chmod((judged / place).stat().st_mode & ~0o222)
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    (judged / place).chmod(0o755)
+    assert (outcome.status, len(outcome.err.splitlines())) == (2, 1)
+    assert "is read-only, so that predictions cannot be written" in outcome.err
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_text("img_path\nother.png\n"), lambda path: path.unlink()])
+def test_csv_changed_meanwhile_is_left_alone(judged, change, monkeypatch):
+    table, forward = judged / "test_data/test.csv", resnet.ResNet.forward
+
+    def change_first(self, images):
+        change(table)
+        monkeypatch.setattr(resnet.ResNet, "forward", forward)
+        return forward(self, images)
+
+    monkeypatch.setattr(resnet.ResNet, "forward", change_first)
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert outcome.status == 1
+    assert "was changed since this run read it, and is left so: see" in outcome.err
+    assert read_csv(judged / "test_data/test.predicted.csv")[0]["predicted_output"]
+    assert not table.exists() or table.read_text() == "img_path\nother.png\n"
+
+
+# ---- Hostile files
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch payload_ran",)
+
+
+def test_pickle_with_code_is_refused_and_never_runs(judged, monkeypatch):
+    monkeypatch.chdir(judged)
+    torch.save({"state_dict": Payload()}, judged / CHECKPOINT)
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert (outcome.status, len(outcome.err.splitlines())) == (2, 1)
+    assert "it holds posix.system, which is not loaded" in outcome.err
+    assert not (judged / "payload_ran").exists()
+
+
+def test_damaged_checkpoints_are_refused_or_right(judged):
+    counts, faults = damage_checkpoint(judged / CHECKPOINT, 20, 60, random.Random(0))
+    assert not faults
+    assert counts["refused"] > 40
+
+
+def test_other_zip_is_refused(judged):
+    with zipfile.ZipFile(judged / CHECKPOINT, "w") as archive:
+        archive.writestr("notes.txt", "nothing")
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert (outcome.status, len(outcome.err.splitlines())) == (2, 1)
