@@ -80,6 +80,9 @@ SPOOF_PRIOR, COST_MISS, COST_FALSE_ALARM = 0.05, 1, 10  # ASVspoof 5's costs of 
 COLOURS = {"Original": "#0072B2", "Deepfake": "#D55E00"}  # told apart by the colour-blind: Okabe and Ito, 2008
 SHORTCUT_AUC = 0.75  # above it the report doubts the training images
 FEW_ROWS = 20  # fewer are marked in the report
+FORMAT_SAMPLE = 200  # images of a CSV that the format check looks at
+UNLIKE_SHARE = 0.2  # of them may look unlike the training images before it warns
+BAND_FEATURES = ("brightness", "deviation over time", "change from row to row", "change from column to column")
 BARE_FACTS = {  # stand in where a file holds weights only
     "classes": list(CLASSES),
     "image_size": 224,
@@ -411,6 +414,36 @@ def name_recording(path: str, pattern: str) -> str:
     stem = os.path.splitext(os.path.basename(path))[0]
     match = re.search(pattern, stem)
     return (match and match.group(1)) or stem
+
+
+def to_brightness(images: torch.Tensor) -> torch.Tensor:
+    """Weigh RGB, shape (batch, 3, height, width), to brightness, (batch, height, width), as ITU-R BT.601 does."""
+    return torch.einsum("bchw,c->bhw", images, images.new_tensor([0.299, 0.587, 0.114]))
+
+
+def describe_images(pixels: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+    """Describe what images look like, by 33 numbers that depend on their make more than on what is spoken.
+
+    Args:
+        pixels: uint8, shape (batch, 3, height, width).
+        colours: float32, shape (256, 3): the colour, RGB in 0 to 1, that stands for each brightness.
+
+    Returns:
+        float32, shape (batch, 33), logarithms: in eight bands from top to bottom brightness, deviation over time,
+        change from row to row and from column to column; distance of the colours from `colours`.
+    """
+    images = pixels.float() / 255
+    brightness = to_brightness(images)
+    painted = nn.functional.embedding((brightness * 255).round().int(), colours).permute(0, 3, 1, 2)
+    maps = (
+        brightness.mean(2),
+        brightness.std(2),
+        brightness.diff(dim=1).abs().mean(2),
+        brightness.diff(dim=2).abs().mean(2),
+    )
+    bands = [nn.functional.adaptive_avg_pool1d(rows, 8) for rows in maps]
+    distance = (images - painted).abs().mean((1, 2, 3))
+    return torch.log(torch.cat([*bands, distance[:, None]], dim=1) + 1e-3)
 
 
 def to_input(pixels: torch.Tensor, facts: dict) -> torch.Tensor:
@@ -943,6 +976,36 @@ def check_seen(table: pandas.DataFrame, facts: dict, fingerprints: dict[str, int
     }
 
 
+def check_format(paths: list[str], facts: dict) -> Optional[dict]:
+    """Check, on a sample of readable images, whether they look as the training images did.
+
+    Returns:
+        The share that lies further from the training images than 99 % of the validation images do, what differs most,
+        in standard deviations, and a warning or ""; None where the checkpoint does not say what they looked like.
+    """
+    look = facts.get("appearance")
+    if look is None:
+        return None
+    chosen = [paths[index] for index in np.linspace(0, len(paths) - 1, min(FORMAT_SAMPLE, len(paths))).astype(int)]
+    seen = torch.cat([describe_images(read_image(path, facts["image_size"])[None], look["colours"]) for path in chosen])
+    off = seen.double() - look["mean"]
+    distances = torch.einsum("ni,ij,nj->n", off, look["precision"], off).sqrt()
+    share = (distances > look["limit"]).double().mean().item()
+    shifts = (off.mean(0) / look["deviation"]).tolist()
+    bands = [f"{what} in eighth {band} from the top" for what in BAND_FEATURES for band in range(1, 9)]
+    largest = sorted(
+        zip([*bands, "distance from the training images' colours"], shifts), key=lambda pair: -abs(pair[1])
+    )
+    warning = ""
+    if share > UNLIKE_SHARE:
+        telling = "; ".join(f"{name} {shift:+.1f}" for name, shift in largest[:3])
+        warning = (
+            f"{share:.0%} of the images look unlike the training images (validation: 1%): were they made otherwise? "
+            f"Most different, in standard deviations: {telling}"
+        )
+    return {"images": len(chosen), "share_unlike": share, "largest_shifts": dict(largest[:3]), "warning": warning}
+
+
 def format_rate(value: Optional[float], interval: Optional[list[float]] = None) -> str:
     """Write a rate in per cent, with its interval."""
     if value is None:
@@ -970,6 +1033,8 @@ def write_verdict(name: str, entry: dict) -> list[str]:
         doubts.append("nobody checked whether the checkpoint has seen these images in training")
     elif entry["seen"]["rows_as_image"] + entry["seen"]["rows_as_recording"]:
         doubts.append("some of these images or their recordings were seen in training, which flatters")
+    if entry["format"] and entry["format"]["warning"]:
+        doubts.append("the images look unlike those trained on (see the format check)")
     interval = entry["intervals_95"].get("eer")
     if interval and interval[1] - interval[0] > 0.05:
         doubts.append(
@@ -1019,6 +1084,13 @@ def format_report(name: str, entry: dict) -> str:
         if rest := seen["without_them"]:
             rates = f"EER {format_rate(rest['eer'])}, accuracy {format_rate(rest['accuracy'])}"
             lines.append(f"Without them: {rates}, {rest['rows_measured']:,} rows")
+    if entry["format"]:
+        share = f"{entry['format']['share_unlike']:.0%} of {entry['format']['images']:,} images"
+        lines += ["", f"Format check: {share} look unlike the training images (1 % of validation's do)"]
+        lines += textwrap.wrap(entry["format"]["warning"], 98)
+    unchecked = {"seen": "leak", "shortcuts": "shortcut", "format": "format"}
+    if names := [name for key, name in unchecked.items() if entry[key] is None]:
+        lines += ["", f"The checkpoint holds nothing for these checks: {', '.join(names)}"]
     if entry["shortcuts"]:
         lines += ["", "Shortcut check: the classes of the training images told by what is not the voice (AUC)"]
         lines += [f"  {name:<32}{auc:.3f}" for name, auc in entry["shortcuts"].items()]
@@ -1063,6 +1135,10 @@ def report(job: Job, judged: Judged, model: nn.Module, facts: dict) -> Optional[
 
     table = choose_rows(job, judged, facts)
     stem = job.path.with_suffix("")
+    readable = [path for path in dict.fromkeys(job.images.values()) if path in judged.llr]
+    look = check_format(readable, facts) if readable else None
+    if look and look["warning"]:
+        print(f"WARNING: {job.path.name}: {look['warning']}")
     if not len(table):
         write_tables(stem, job, table, judged.llr, table)
         why = "it has no column actual_output" if job.labels is None else "no row has both a label and a verdict"
@@ -1086,6 +1162,7 @@ def report(job: Job, judged: Judged, model: nn.Module, facts: dict) -> Optional[
         "by_condition": measure_conditions(table),
         "shortcuts": facts.get("shortcuts"),
         "seen": check_seen(table, facts, judged.fingerprints),
+        "format": look,
     }
     text = format_report(job.path.name, entry)
     del entry["classification_report_text"]

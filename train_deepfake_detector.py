@@ -807,6 +807,31 @@ def to_brightness(images: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bchw,c->bhw", images, images.new_tensor([0.299, 0.587, 0.114]))
 
 
+def describe_images(pixels: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+    """Describe what images look like, by 33 numbers that depend on their make more than on what is spoken.
+
+    Args:
+        pixels: uint8, shape (batch, 3, height, width).
+        colours: float32, shape (256, 3): the colour, RGB in 0 to 1, that stands for each brightness.
+
+    Returns:
+        float32, shape (batch, 33), logarithms: in eight bands from top to bottom brightness, deviation over time,
+        change from row to row and from column to column; distance of the colours from `colours`.
+    """
+    images = pixels.float() / 255
+    brightness = to_brightness(images)
+    painted = nn.functional.embedding((brightness * 255).round().int(), colours).permute(0, 3, 1, 2)
+    maps = (
+        brightness.mean(2),
+        brightness.std(2),
+        brightness.diff(dim=1).abs().mean(2),
+        brightness.diff(dim=2).abs().mean(2),
+    )
+    bands = [nn.functional.adaptive_avg_pool1d(rows, 8) for rows in maps]
+    distance = (images - painted).abs().mean((1, 2, 3))
+    return torch.log(torch.cat([*bands, distance[:, None]], dim=1) + 1e-3)
+
+
 def learn_colours(images: Dataset, sample: int = 64) -> torch.Tensor:
     """Learn from a sample of images which colour stands for which brightness.
 
@@ -824,6 +849,32 @@ def learn_colours(images: Dataset, sample: int = 64) -> torch.Tensor:
     seen = torch.nonzero(count).flatten().numpy()
     mean = (total[seen] / count[seen, None]).numpy()
     return torch.tensor(np.stack([np.interp(np.arange(256), seen, band) for band in mean.T], axis=1)).float()
+
+
+def learn_appearance(train: Subset, val: Subset, colours: torch.Tensor, sample: int = 2000) -> dict:
+    """Learn what images look like, so that images of another make are recognised when it comes to judging.
+
+    Returns:
+        colours; mean, deviation and precision (inverse of the covariance, shrunk by a tenth to its diagonal) of the
+        training images' descriptions; limit, the Mahalanobis distance that 99 % of the validation images keep.
+    """
+
+    def describe(images: Subset) -> torch.Tensor:
+        chosen = np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int).tolist()
+        return torch.cat([describe_images(images[index][0][None], colours) for index in chosen]).double()
+
+    seen = describe(train)
+    covariance = torch.cov(seen.T).view(seen.shape[1], -1).nan_to_num()
+    variance = covariance.diag() + 1e-4
+    appearance = {
+        "colours": colours,
+        "mean": seen.mean(0),
+        "deviation": variance.sqrt(),
+        "precision": torch.linalg.inv(0.9 * covariance + 0.1 * variance.diag() + 1e-4 * torch.eye(len(variance))),
+    }
+    off = describe(val) - appearance["mean"]
+    distances = torch.einsum("ni,ij,nj->n", off, appearance["precision"], off).sqrt()
+    return {**appearance, "limit": distances.quantile(0.99, interpolation="higher").item()}
 
 
 def draw_curves_over_rows(shape: tuple[int, int], knots: int, draw: torch.Generator) -> torch.Tensor:
@@ -1397,6 +1448,7 @@ def main() -> int:
         "recording_pattern": RECORDING_PATTERN,
         "unreadable_images": unreadable,
         "shortcuts": shortcuts,
+        "appearance": learn_appearance(train, val, learn_colours(train)),
         "settings": settings,
         "versions": {
             "python": platform.python_version(),

@@ -100,6 +100,12 @@ ALIKE = [
     "choose_compute",
     "keep_freed_memory",
     "has_bfloat16_instructions",
+    "load_content",
+    "remove_leftovers",
+    "is_running",
+    "stop",
+    "to_brightness",
+    "describe_images",
 ]
 
 
