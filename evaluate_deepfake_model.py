@@ -36,13 +36,14 @@ import traceback
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Optional
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image
 from torch import nn
@@ -101,6 +102,45 @@ class Compute(NamedTuple):
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+class Team(NamedTuple):
+    """The processes that torchrun started to work together; a single one without it."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # on this machine
+    local_size: int = 1
+
+    def share(self, value: object) -> object:
+        """Return rank 0's value on all ranks."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: object) -> list:
+        """Return the values of all ranks, in their order, on all ranks."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def join_team() -> Team:
+    """Join the processes of a torchrun; all but rank 0 print nothing but errors."""
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        return Team()
+    team = Team(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(team.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # torchrun watches over lost ranks
+    if team.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return team
 
 
 class Job(NamedTuple):
@@ -343,7 +383,7 @@ def choose_compute(precision: str) -> Compute:
     if torch.cuda.is_available():
         try:
             torch.zeros(1, device="cuda").add_(1).item()
-            device, notes = torch.device("cuda"), torch.cuda.get_device_name()
+            device, notes = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
         except RuntimeError as error:
             notes = "CUDA is there but fails: " + str(error).splitlines()[0]
     dtype = torch.float32
@@ -474,27 +514,32 @@ class Images(Dataset):
         return list(self.map(self.__getitem__, indices))
 
 
-def count_workers(setting: Optional[int]) -> int:
-    """Count the processes that decode images: WORKERS, or as many as this process has cores, up to 8."""
+def count_workers(setting: Optional[int], sharing: int = 1) -> int:
+    """Count the processes that decode images: WORKERS, or this process's part of the cores, up to 8.
+
+    Args:
+        sharing: processes on this machine that share its cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8) if setting is None else setting
+    return min(max(1, cores // sharing), 8) if setting is None else setting
 
 
 @torch.inference_mode()
-def score_images(paths: list[str], model: nn.Module, facts: dict, compute: Compute) -> Judged:
-    """Judge each image once.
+def score_images(paths: list[str], model: nn.Module, facts: dict, compute: Compute, team: Team) -> Judged:
+    """Judge each image once, the ranks of a team each their part. Returns all results on all ranks.
 
     For a GPU, worker processes read ahead. On a CPU they would fight with the network for the cores (measured:
     150 images a second with two workers, 166 without): there, threads read a batch on all cores, then the
     network takes all cores.
     """
-    started = time.perf_counter()
+    started, total = time.perf_counter(), len(paths)
+    paths = paths[team.rank :: team.size]
     model = fuse_norms(copy.deepcopy(model)).to(compute.device, memory_format=torch.channels_last)
     head, model.fc = model.fc, nn.Identity()  # in float32: bfloat16 logits would tie
     fake = facts["classes"].index("Deepfake")
     on_gpu = compute.device.type == "cuda"
-    workers = count_workers(WORKERS) if on_gpu or WORKERS else 0
-    images = Images(paths, facts["image_size"], threads=1 if workers else count_workers(None))
+    workers = count_workers(WORKERS, team.local_size) if on_gpu or WORKERS else 0
+    images = Images(paths, facts["image_size"], threads=1 if workers else count_workers(None, team.local_size))
     loader = DataLoader(images, BATCH_SIZE, num_workers=workers, pin_memory=on_gpu)
     # Filled in place: small tensors kept between large ones that come and go would let memory grow
     margins = torch.empty(len(paths), device=compute.device)
@@ -513,15 +558,17 @@ def score_images(paths: list[str], model: nn.Module, facts: dict, compute: Compu
             done += len(pixels)
             progress.update(len(pixels))
     values = margins.tolist()
-    print(f"Judged {len(paths):,} images in {time.perf_counter() - started:.2f} s")
     judged = {path: values[i] for i, path in enumerate(paths) if i not in reasons}
     scale, offset = facts["calibration"]["scale"], facts["calibration"]["offset"]
-    return Judged(
+    mine = Judged(
         judged,
         {path: -(scale * margin + offset) for path, margin in judged.items()},
         dict(zip(paths, fingerprints.tolist())),
         {paths[i]: reason for i, reason in reasons.items()},
     )
+    everything = Judged(*(dict(chain.from_iterable(map(dict.items, parts))) for parts in zip(*team.gather(mine))))
+    print(f"Judged {total:,} images in {time.perf_counter() - started:.2f} s")
+    return everything
 
 
 # ---- Outputs
@@ -1208,8 +1255,9 @@ def main() -> int:
     """Judge every CSV. Returns the exit status: 0, or 1 if a row or a CSV had to be left out."""
     here = Path(__file__).resolve().parent
     check_settings()
+    team = join_team()
     csv_paths = [Path(os.path.normpath(here / path)) for path in CSV_FILES]
-    jobs, broken = read_jobs(csv_paths, here / IMG_BASE_PATH)
+    jobs, broken = read_jobs(csv_paths, here / IMG_BASE_PATH) if team.rank == 0 else ([], 0)
     model_path = here / MODEL_PATH
     model, facts = load_detector(model_path)
     print(f"Model: {MODEL_PATH}, epoch {facts.get('epoch', '?')}, started from {facts.get('initial_weights', '?')}")
@@ -1221,7 +1269,11 @@ def main() -> int:
         print(f"{job.path.name}: {len(job.images):,} rows; labels: {counts if labels else 'none'}")
 
     paths = list(dict.fromkeys(path for job in jobs for path in job.images.values()))
-    judged = score_images(paths, model, facts, compute)
+    judged = score_images(team.share(paths), model, facts, compute, team)
+    if team.size > 1:
+        dist.destroy_process_group()
+    if team.rank:
+        return 0
     origin = {
         "model": str(MODEL_PATH),
         "model_sha256": hashlib.sha256(model_path.read_bytes()).hexdigest(),
@@ -1277,7 +1329,10 @@ def run_script() -> int:
         print(f"error: out of memory: halve BATCH_SIZE (now {BATCH_SIZE})", file=sys.stderr)
     except KeyboardInterrupt as interrupt:
         name, status = ("SIGTERM", 143) if interrupt.args else ("Ctrl-C", 130)
-        print(f"stopped by {name}; CSVs not yet written are as they were; run it again to judge them", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one is enough to say so
+            print(
+                f"stopped by {name}; CSVs not yet written are as they were; run it again to judge them", file=sys.stderr
+            )
         return status
     except Exception:  # a fault of this script: the whole story, and not the status of a finished run
         traceback.print_exc()

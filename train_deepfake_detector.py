@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import datetime
 import hashlib
 import http.client
 import io
@@ -42,6 +43,7 @@ from typing import Callable, NamedTuple, NoReturn, Optional
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image
 from torch import nn
@@ -114,6 +116,45 @@ class Compute(NamedTuple):
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+class Team(NamedTuple):
+    """The processes that torchrun started to work together; a single one without it."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # on this machine
+    local_size: int = 1
+
+    def share(self, value: object) -> object:
+        """Return rank 0's value on all ranks."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: object) -> list:
+        """Return the values of all ranks, in their order, on all ranks."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def join_team() -> Team:
+    """Join the processes of a torchrun; all but rank 0 print nothing but errors."""
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        return Team()
+    team = Team(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(team.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # torchrun watches over lost ranks
+    if team.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return team
 
 
 class Optimisation(NamedTuple):
@@ -284,10 +325,14 @@ class SpectrogramFolder(ImageFolder):
         return self.cache.read(index), self.targets[index]
 
 
-def count_workers(setting: Optional[int]) -> int:
-    """Count the processes that decode images: WORKERS, or as many as this process has cores, up to 8."""
+def count_workers(setting: Optional[int], sharing: int = 1) -> int:
+    """Count the processes that decode images: WORKERS, or this process's part of the cores, up to 8.
+
+    Args:
+        sharing: processes on this machine that share its cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8) if setting is None else setting
+    return min(max(1, cores // sharing), 8) if setting is None else setting
 
 
 class ReadingPass(Dataset):
@@ -471,9 +516,9 @@ def leave_out_holdout(images: dict[str, int], held: dict[str, int], pattern: str
 
 
 def choose_images(
-    folder: SpectrogramFolder, listed: list[str], cache_dir: Path, settings: dict
+    folder: SpectrogramFolder, listed: list[str], cache_dir: Path, settings: dict, team: Team
 ) -> tuple[dict[str, int], int]:
-    """Read every image once, and choose those that are readable and not held out.
+    """Read every image once on each machine, and choose those that are readable and not held out.
 
     Returns:
         {path: fingerprint} of the chosen ones, and the number of unreadable ones.
@@ -484,14 +529,21 @@ def choose_images(
     paths = dict(folder.samples)
     elsewhere = [path for path in listed if path not in paths and os.path.isfile(path)]
     budget = settings["CACHE_GB"] * 1e9
-    folder.cache = PixelCache(cache_dir if budget else None, [*paths, *elsewhere], settings["IMAGE_SIZE"])
-    reasons = read_all_images(folder.cache, budget, count_workers(settings["WORKERS"]))
+    make_cache = partial(PixelCache, cache_dir if budget else None, [*paths, *elsewhere], settings["IMAGE_SIZE"])
+    folder.cache, reasons = make_cache(), {}
+    if team.local_rank == 0:
+        reasons = read_all_images(folder.cache, budget, count_workers(settings["WORKERS"]))
+    found = team.share((folder.cache.fingerprints, folder.cache.looks, reasons))
+    team.gather(None)  # every machine has read its images
+    if team.local_rank:
+        folder.cache = make_cache()
+    folder.cache.fingerprints, folder.cache.looks, reasons = found
     pixels = dict(zip(folder.cache.paths, folder.cache.fingerprints.tolist()))
     held = {path: pixels.get(path, 0) for path in listed}
     kept = leave_out_holdout({path: pixels[path] for path in paths}, held, settings["RECORDING_PATTERN"])
 
     unreadable = [path for path in kept if path in reasons]
-    for path in unreadable:
+    for path in unreadable if team.rank == 0 else []:
         print(f"left out, unreadable: {path}: {reasons[path]}", file=sys.stderr)
     if len(unreadable) > settings["MAX_UNREADABLE"] * len(kept):
         raise ValueError(
@@ -738,7 +790,7 @@ def choose_compute(precision: str) -> Compute:
     if torch.cuda.is_available():
         try:
             torch.zeros(1, device="cuda").add_(1).item()
-            device, notes = torch.device("cuda"), torch.cuda.get_device_name()
+            device, notes = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
         except RuntimeError as error:
             notes = "CUDA is there but fails: " + str(error).splitlines()[0]
     dtype = torch.float32
@@ -958,7 +1010,7 @@ class MicroBatches:
             try:
                 return work(size)
             except torch.OutOfMemoryError:
-                if size == 1:
+                if size == 1 or dist.is_initialized():  # the other ranks wait for the gradients of the whole
                     raise
             if self.parts == 1:
                 print(
@@ -983,6 +1035,9 @@ def add_gradients(
     loss_fn, optimizer, _, scaler = optimisation
     optimizer.zero_grad(set_to_none=True)
     total, weight = torch.zeros((), device=compute.device), loss_fn.weight[labels].sum()
+    if isinstance(model, nn.parallel.DistributedDataParallel):  # which averages over the ranks
+        dist.all_reduce(weight)
+        weight /= dist.get_world_size()
     for part_inputs, part_labels in zip(inputs.split(size), labels.split(size)):
         with compute.autocast():
             logits = model(part_inputs)
@@ -1047,7 +1102,20 @@ def predict_logits(
         inputs = to_input(images.to(compute.device, non_blocking=True).float().div_(255))
         logits.append(micro.run(partial(compute_logits, model, inputs, compute), len(inputs)))
         labels.append(batch_labels)
+    if not labels:  # fewer images than ranks
+        return torch.empty(0, len(CLASSES)), torch.empty(0, dtype=torch.int64)
     return torch.cat(logits).cpu(), torch.cat(labels)
+
+
+def join_parts(parts: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    """Join the parts of the ranks, of which each holds every size-th image, in the order of one process."""
+    joined = []
+    for tensors in zip(*parts):
+        whole = tensors[0].new_empty((sum(map(len, tensors)), *tensors[0].shape[1:]))
+        for rank, part in enumerate(tensors):
+            whole[rank :: len(tensors)] = part
+        joined.append(whole)
+    return joined
 
 
 def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -1291,27 +1359,42 @@ def check_settings(settings: dict) -> None:
         raise ValueError("; ".join(f"{name} = {settings[name]!r} (allowed: {legal})" for name, legal in wrong))
 
 
-def build_loaders(train: Subset, val: Subset, compute: Compute, settings: dict) -> tuple[DataLoader, DataLoader]:
-    """Build the training loader, shuffled anew in each epoch, and the validation loader.
+class Batches:
+    """The batches of one epoch after the other, of each this rank's part, as lists of indices.
+
+    All ranks draw the same order, so that together they take the batches that a single process would take.
+    """
+
+    def __init__(self, images: int, batch_size: int, team: Team) -> None:
+        self.images, self.batch_size, self.team = images, min(batch_size, images), team
+        self.generator = torch.Generator()
+
+    def __len__(self) -> int:
+        return self.images // self.batch_size  # a last batch of one image would upset batch normalisation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.images, generator=self.generator)[: len(self) * self.batch_size]
+        for batch in order.split(self.batch_size):
+            yield batch[self.team.rank :: self.team.size].tolist()
+
+
+def build_loaders(
+    train: Subset, val: Subset, compute: Compute, settings: dict, team: Team
+) -> tuple[DataLoader, DataLoader]:
+    """Build the training loader, shuffled anew in each epoch, and the validation loader, of this rank's part each.
 
     Where nothing is left to decode, workers would only take the network's cores: a cached image costs 0.2 ms.
     """
-    batch_size, workers = settings["BATCH_SIZE"], count_workers(settings["WORKERS"])
+    batch_size, workers = settings["BATCH_SIZE"], count_workers(settings["WORKERS"], team.local_size)
     cache, on_gpu = train.dataset.cache, compute.device.type == "cuda"
     used = cache.places[[*train.indices, *val.indices], 0]
     if settings["WORKERS"] is None and not on_gpu and (used >= 0).all():
         workers = 0
     common = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": on_gpu}
+    part = Subset(val.dataset, val.indices[team.rank :: team.size])
     return (
-        DataLoader(
-            train,
-            batch_size,
-            shuffle=True,
-            generator=torch.Generator(),
-            drop_last=len(train) >= batch_size,  # a last batch of one image would upset batch normalisation
-            **common,
-        ),
-        DataLoader(val, 2 * batch_size, **common),
+        DataLoader(train, batch_sampler=Batches(len(train), batch_size, team), **common),
+        DataLoader(part, max(1, 2 * batch_size // team.size), **common),
     )
 
 
@@ -1333,6 +1416,7 @@ def fit(
     facts: dict,
     run: dict,
     state: Optional[dict],
+    team: Team,
     here: Path,
 ) -> dict:
     """Train, validate and print a line per epoch; keep history, best checkpoint and state up to date.
@@ -1347,6 +1431,16 @@ def fit(
         The best epoch's row of the history.
     """
     train_loader, val_loader = loaders
+    trained = model
+    if team.size > 1:
+        on_gpu = compute.device.type == "cuda"
+        if on_gpu:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        print(
+            f"{team.size} processes; batch normalisation: "
+            + ("statistics of all" if on_gpu else "each its own statistics, those of rank 0 are kept")
+        )
+        trained = nn.parallel.DistributedDataParallel(model, device_ids=[compute.device.index] if on_gpu else None)
     settings = facts["settings"]
     best_path, final_path = here / settings["BEST_MODEL_PATH"], here / settings["FINAL_MODEL_PATH"]
     history_path, curves_path, state_path = map(
@@ -1369,15 +1463,16 @@ def fit(
             print(f"Stopped early: no lower validation loss in {settings['PATIENCE']} epochs")
             break
         started, epoch = time.perf_counter(), len(history) + 1
-        for generator in (draw, train_loader.generator):
-            generator.manual_seed(settings["SEED"] * 1_000_003 + epoch)
+        train_loader.batch_sampler.generator.manual_seed(settings["SEED"] * 1_000_003 + epoch)
+        draw.manual_seed((settings["SEED"] * 1_000_003 + epoch) * team.size + team.rank)
         row = {"epoch": epoch, "learning_rate": optimisation.schedule.get_last_lr()[0]}
-        row["train_loss"] = train_one_epoch(model, train_loader, optimisation, compute, change, micro)
-        logits, labels = predict_logits(model, val_loader, compute, micro)
-        row.update(measure(logits, labels))
+        losses = train_one_epoch(trained, train_loader, optimisation, compute, change, micro)
+        row["train_loss"] = float(np.sum(team.gather(losses))) / team.size
+        logits, labels = join_parts(team.gather(predict_logits(model, val_loader, compute, micro)))
+        row.update(team.share(measure(logits, labels)))
         row["seconds"] = time.perf_counter() - started
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-        if not history:
+        if not history and team.rank == 0:
             begin_afresh([best_path, final_path, history_path, curves_path], final_path, state_path)
         history.append(row)
         of_epoch = {
@@ -1385,16 +1480,19 @@ def fit(
             "metrics": {name: row[name] for name in METRICS},
             "calibration": fit_calibration(logits, labels),
         }
+        if team.rank:
+            continue
         if best is None or row["val_loss"] < best["val_loss"]:
             save_checkpoint(best_path, model, {**facts, **of_epoch})
         write_history(history_path, history)
         state = {name: part.state_dict() for name, part in parts.items()}
         start = facts["initial_weights"]
         save_state(state_path, {**state, "history": history, "of_epoch": of_epoch, "run": run, "start": start})
-    save_checkpoint(final_path, model, {**facts, **of_epoch})
-    draw_curves(curves_path, history)
-    for path in (state_path, state_path.with_name("previous_" + state_path.name)):
-        path.unlink(missing_ok=True)  # what is finished is not gone on with
+    if team.rank == 0:
+        save_checkpoint(final_path, model, {**facts, **of_epoch})
+        draw_curves(curves_path, history)
+        for path in (state_path, state_path.with_name("previous_" + state_path.name)):
+            path.unlink(missing_ok=True)  # what is finished is not gone on with
     return min(history, key=lambda row: row["val_loss"])
 
 
@@ -1412,28 +1510,32 @@ def main() -> int:
             raise ValueError(f"{path} cannot be written: its folder is read-only, or it is a folder itself")
         remove_leftovers(path.parent, "*")
     keep_freed_memory()
+    team = join_team()
+    if settings["BATCH_SIZE"] < 2 * team.size:
+        raise ValueError(f"BATCH_SIZE = {BATCH_SIZE} (allowed: at least 2 for each of {team.size} processes)")
     compute = choose_compute(PRECISION)
     listed = list_holdout([here / path for path in HOLDOUT_CSVS], data_dir)
     folder = find_images(data_dir)
-    state = load_state(final_path.with_name(STATE_NAME)) if RESUME else None
+    state = team.share(load_state(final_path.with_name(STATE_NAME)) if RESUME and team.rank == 0 else None)
     if state:
         initial, start = None, state["start"]
     else:
-        initial, start = get_initial_weights(PRETRAINED, here)
+        initial, start = team.share(get_initial_weights(PRETRAINED, here) if team.rank == 0 else None)
     from_random = start.startswith("random")
     run_settings = settings
     settings = {**settings, "LEARNING_RATE": LEARNING_RATE or (1e-3 if from_random else 3e-4)}
     torch.manual_seed(SEED)
     model = build_model(initial, compute)
 
-    chosen, unreadable = choose_images(folder, listed, here / CACHE_DIR, settings)
+    chosen, unreadable = choose_images(folder, listed, here / CACHE_DIR, settings, team)
     train, val, shortcuts = split_images(folder, chosen, settings)
     run = describe_run(train, val, chosen, run_settings, data_dir)
     if state:
         compare_runs(state["run"], run)
-        check_best(best_path, state["history"])
+        if team.rank == 0:
+            check_best(best_path, state["history"])
         print(f"Going on after epoch {len(state['history'])} of a run that was interrupted (RESUME = False: afresh)")
-    loaders = build_loaders(train, val, compute, settings)
+    loaders = build_loaders(train, val, compute, settings, team)
     facts = {
         "format": CHECKPOINT_FORMAT,
         "classes": list(CLASSES),
@@ -1457,13 +1559,15 @@ def main() -> int:
         },
     }
     print(f"Start: {start}; learning rate {settings['LEARNING_RATE']:g}, at most {EPOCHS} epochs")
-    best = fit(model, loaders, compute, facts, run, state, here)
+    best = fit(model, loaders, compute, facts, run, state, team, here)
     if from_random and PRETRAINED is not None:
         print(f"WARNING: this model started from random weights: {start}")
     print(f"Best epoch {best['epoch']}: validation loss {best['val_loss']:.4f}, AUC {best['val_auc']:.4f}")
     print(f"Best checkpoint   {BEST_MODEL_PATH}")
     print(f"Final checkpoint  {FINAL_MODEL_PATH}")
     print("And beside it     history.csv, learning_curves.png")
+    if team.size > 1:
+        dist.destroy_process_group()
     return 1 if unreadable else 0
 
 
@@ -1481,11 +1585,16 @@ def run_script() -> int:
     except (ValueError, OSError) as error:  # one out of a worker process brings its traceback along
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
     except torch.OutOfMemoryError:
-        print(f"error: out of memory with one image at a time: halve IMAGE_SIZE (now {IMAGE_SIZE})", file=sys.stderr)
+        print(
+            f"error: out of memory with one image at a time: halve IMAGE_SIZE (now {IMAGE_SIZE}); under torchrun, "
+            f"with this rank's images: halve BATCH_SIZE (now {BATCH_SIZE})",
+            file=sys.stderr,
+        )
     except KeyboardInterrupt as interrupt:
         way_on = "run it again" if RESUME else "set RESUME = True and run it again"
         name, status = ("SIGTERM", 143) if interrupt.args else ("Ctrl-C", 130)
-        print(f"stopped by {name}; {way_on}, and it goes on after the last finished epoch", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one is enough to say so
+            print(f"stopped by {name}; {way_on}, and it goes on after the last finished epoch", file=sys.stderr)
         return status
     except Exception:  # a fault of this script: the whole story, and not the status of a finished run
         traceback.print_exc()

@@ -24,7 +24,7 @@ def train_indices(folder, csvs, pattern=trainer.RECORDING_PATTERN):
     }
     images = trainer.find_images(folder / "data")
     listed = trainer.list_holdout([folder / path for path in csvs], folder / "data")
-    chosen, _ = trainer.choose_images(images, listed, folder / "models/cache", settings)
+    chosen, _ = trainer.choose_images(images, listed, folder / "models/cache", settings, trainer.Team())
     *sides, _ = trainer.split_images(images, chosen, settings)
     return [[images.samples[i][0] for i in side.indices] for side in sides]
 

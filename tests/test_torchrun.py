@@ -1,0 +1,175 @@
+"""Several processes under torchrun do what one does."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import EVALUATOR, QUICK, TRAINER, copy_script, make_project, read_csv, run
+
+import train_deepfake_detector as trainer
+
+MODELS = "models/experiments"
+EXACT = {**QUICK, "EPOCHS": 2, "PRECISION": "float32"}
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+PLAIN = """
+import sys, torch
+import train_deepfake_detector as trainer
+from functools import partial
+trainer.augment = lambda images, **_: images
+build = trainer.build_optimisation
+def plain_sgd(model, *rest):
+    return build(model, *rest)._replace(optimizer=torch.optim.SGD(model.parameters(), 0.01), schedule=Steady())
+class Steady:
+    def get_last_lr(self): return [0.01]
+    def step(self): pass
+    def state_dict(self): return {}
+trainer.build_optimisation = plain_sgd
+train_mode = torch.nn.Module.train
+torch.nn.BatchNorm2d.train = lambda self, mode=True: train_mode(self, False)
+add = trainer.add_gradients
+def tell(model, *rest):
+    total = add(model, *rest)
+    share = total.clone()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(share)
+        share /= torch.distributed.get_world_size()
+    print(f"loss {share.item():.9f}", flush=True)
+    return total
+trainer.add_gradients = tell
+sys.exit(trainer.run_script())
+"""
+
+
+def launch(folder, script, processes, *options, **constants):
+    """Run an edited copy of a script under torchrun."""
+    copy_script(folder, script, **constants)
+    return launch_file(folder, script, processes, *options)
+
+
+def launch_file(folder, name, processes, *options):
+    command = [*LAUNCH, f"--nproc-per-node={processes}", *options, name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(folder / "torch_home")}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("images", [8, 21, 33])
+def test_every_image_is_in_exactly_one_part(images, processes):
+    alone = trainer.Batches(images, 8, trainer.Team())
+    alone.generator.manual_seed(3)
+    whole = list(alone)
+    parts = [trainer.Batches(images, 8, trainer.Team(rank, processes)) for rank in range(processes)]
+    for part in parts:
+        part.generator.manual_seed(3)
+    for batch, *shares in zip(whole, *parts):
+        assert sorted(batch) == sorted(sum(shares, []))
+    values = torch.arange(images)
+    joined = trainer.join_parts([(values[rank::processes],) for rank in range(processes)])
+    assert joined[0].tolist() == values.tolist()
+
+
+@pytest.mark.slow
+def test_losses_and_measures_are_those_of_one_process(tmp_path):
+    results = []
+    for processes in (1, 2, 4):
+        folder = make_project(tmp_path / str(processes), recordings=24)
+        copy_script(folder, TRAINER, **{**EXACT, "TIME_CROP": 1})
+        (folder / "plain.py").write_text(PLAIN)
+        done = launch_file(folder, "plain.py", processes)
+        assert done.returncode == 0, done.stderr
+        losses = [float(value) for value in re.findall(r"^loss ([\d.]+)$", done.stdout, flags=re.MULTILINE)]
+        history = read_csv(folder / MODELS / "history.csv")
+        results.append((losses, [float(row["val_loss"]) for row in history]))
+    assert len(results[0][0]) >= 16
+    for losses, measures in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=1e-4)
+        assert measures == pytest.approx(results[0][1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_training_writes_once_and_resumes_with_another_number_of_processes(tmp_path):
+    folder = make_project(tmp_path / "two")
+    target = copy_script(folder, TRAINER, **{**EXACT, "EPOCHS": 300, "PATIENCE": 300})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*LAUNCH, "--nproc-per-node=2", target.name]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+    lines = []
+    while not lines or not lines[-1].startswith("epoch 2"):
+        lines.append(running.stdout.readline())
+        assert running.poll() is None, running.stderr.read()
+    assert sum(line.startswith("epoch 1") for line in lines) == 1
+    assert any("2 processes; batch normalisation: each its own statistics" in line for line in lines)
+    children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    started = time.monotonic()
+    _, err = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert time.monotonic() - started < 60
+    assert "exitcode" in err
+    epochs = len(torch.load(folder / MODELS / "resume_state.pth", weights_only=True)["history"])
+    state = torch.load(folder / MODELS / "resume_state.pth", weights_only=True)
+    state["run"]["EPOCHS"] = epochs + 1
+    torch.save(state, folder / MODELS / "resume_state.pth")
+    outcome = run(folder, TRAINER, **{**EXACT, "EPOCHS": epochs + 1, "PATIENCE": 300})
+    assert outcome.status == 0, outcome.err
+    assert f"Going on after epoch {epochs}" in outcome.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_evaluation_writes_what_one_process_writes(judged, processes):
+    table = judged / "test_data/test.csv"
+    before = table.read_text()
+    table.write_text(before + "nowhere.png,Original\n")
+    constants = {"PRECISION": "float32", "WORKERS": 0}
+    assert run(judged, EVALUATOR, **constants).status == 1
+    expected = read_csv(table)
+    summary = json.loads((judged / "test_data/aggregate_test_reports.json").read_text())
+    table.write_text(before + "nowhere.png,Original\n")
+    done = launch(judged, EVALUATOR, processes, **constants)
+    assert re.search(r"exitcode *: 1\b", done.stderr), done.stderr
+    found = read_csv(table)
+    assert [list(row.items())[:3] for row in found] == [list(row.items())[:3] for row in expected]
+    for one, other in zip(found, expected):
+        assert one["deepfake_score"] == other["deepfake_score"] == "" or float(one["deepfake_score"]) == pytest.approx(
+            float(other["deepfake_score"]), abs=1e-5
+        )
+    assert json.loads((judged / "test_data/aggregate_test_reports.json").read_text())[0]["eer"] == summary[0]["eer"]
+    assert done.stdout.count("Predictions written") == 1
+
+
+@pytest.mark.slow
+def test_two_agents_on_one_machine_train_and_judge(tmp_path):
+    folder = make_project(tmp_path / "agents")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for script, constants in ((TRAINER, EXACT), (EVALUATOR, {"PRECISION": "float32"})):
+        copy_script(folder, script, **constants)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        command += ["--master-addr=127.0.0.1", "--master-port=29613"]
+        agents = [
+            subprocess.Popen(
+                [*command, f"--node-rank={rank}", script],
+                cwd=folder,
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        errors = [agent.communicate(timeout=200)[1] for agent in agents]
+        assert [agent.returncode for agent in agents] == [0, 0], errors
+    assert all(row["predicted_output"] for row in read_csv(folder / "test_data/test.csv"))
+
+
+@pytest.mark.slow
+def test_batches_too_small_for_the_team_are_refused(project):
+    done = launch(project, TRAINER, 3, **{**QUICK, "BATCH_SIZE": 4})
+    assert done.returncode != 0
+    assert "BATCH_SIZE = 4 (allowed: at least 2 for each of 3 processes)" in done.stderr
