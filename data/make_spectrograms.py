@@ -6,7 +6,9 @@ In:  every audio file below INPUT_DIR: WAV, and FLAC, OGG or MP3 where `soundfil
 Out: OUTPUT_DIR/<recording>__<condition>[_<part>].png, IMAGE_SIZE x IMAGE_SIZE, 8-bit palette (magma).
 
 CONDITIONS lists the copies to make of each recording: clean, and laundered as speech is on its way to a
-listener. What was done is drawn anew for each file, the same in each run, whatever the class, and stored in the image.
+listener; or resynthesised (griffinlim, lpc, harmonic), which makes fakes of genuine recordings, with
+nothing else to tell them apart. What was done is drawn anew for each file, the same in each run,
+whatever the class, and stored in the image.
 Training images and images to judge must be made with the same settings: they are stored in each
 image, and images made with other settings are never mixed with new ones. Every pixel column stands for
 the same time: long recordings become several images, short ones are repeated to fill one.
@@ -25,6 +27,7 @@ import sys
 import warnings
 import zlib
 from collections import defaultdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,7 +35,9 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from scipy.io import wavfile
-from scipy.signal import butter, fftconvolve, get_window, resample_poly, sosfiltfilt
+from scipy.linalg import solve_toeplitz
+from scipy.ndimage import map_coordinates
+from scipy.signal import butter, fftconvolve, get_window, istft, lfilter, medfilt, resample_poly, sosfiltfilt, stft
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -47,7 +52,7 @@ RT60_RANGE_S = (0.2, 0.8)  # s, time in which the reverberation falls by 60 dB
 SEED = 0  # of all that is drawn
 
 SAMPLE_RATE = 16000  # Hz; recordings of any other rate are resampled
-WINDOW_S = 0.032  # s, length of one Hann window
+WINDOW_S = 0.064  # s, length of one Hann window
 HOP_S = 0.008  # s, from one window to the next
 FREQUENCY_RANGE_HZ = (60, 7600)  # Hz, bottom and top row; (60, 3500) for telephone band
 DB_RANGE = (-30, 40)  # dB, darkest and brightest level, relative to each frequency's mean over time
@@ -211,7 +216,105 @@ def code_adpcm(samples: np.ndarray) -> np.ndarray:
     return np.array(decoded) / 32767
 
 
+# ---- Resynthesis. The same signature; what comes out is a fake of the same voice, words and channel.
+
+
+def keep_mel_spectrogram(
+    samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]
+) -> tuple:
+    """Keep a mel spectrogram only and guess the phases: Griffin and Lim, 1984, sped up as Perraudin et al., 2013."""
+    length, bands, rounds = int(draw.choice([512, 1024])), int(draw.integers(40, 110)), int(draw.choice([3, 8, 20, 40]))
+    to_frames = partial(stft, fs=rate, nperseg=length, noverlap=3 * length // 4)
+    to_samples = partial(istft, fs=rate, nperseg=length, noverlap=3 * length // 4)
+    frequencies, _, frames = to_frames(samples)
+    edges = 700 * (10 ** (np.linspace(np.log10(1 + 40 / 700), np.log10(1 + rate / 2 / 700), bands + 2)) - 1)
+    rising = (frequencies - edges[:-2, None]) / np.diff(edges)[:-1, None]
+    falling = (edges[2:, None] - frequencies) / np.diff(edges)[1:, None]
+    filters = np.maximum(0, np.minimum(rising, falling))
+    size = np.abs(frames)
+    size = np.maximum(np.linalg.pinv(filters) @ (filters @ size), size.max() * 1e-5)
+    guess, before = size * np.exp(2j * np.pi * draw.random(size.shape)), 0
+    for _ in range(rounds):
+        after = to_frames(to_samples(guess)[1])[2][:, : size.shape[1]]
+        ahead = after + 0.9 * (after - before)
+        guess, before = size * ahead / np.maximum(np.abs(ahead), 1e-9), after
+    return to_samples(guess)[1][: len(samples)], f"{bands} mel bands, Griffin-Lim in {rounds} rounds"
+
+
+def track_pitch(samples: np.ndarray, rate: int, hop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Track the pitch by autocorrelation: Hz, and how periodic the sound is, 0 to 1; a value per hop."""
+    length, shortest, longest = int(0.04 * rate), rate // 400, rate // 65
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(samples, (length // 2, length)), length)[::hop]
+    window = np.hanning(length)
+    spectra = np.fft.rfft(np.vstack([(frames - frames.mean(1, keepdims=True)) * window, window]), 2 * length)
+    correlation = np.fft.irfft(np.abs(spectra) ** 2)[:, :length]
+    correlation /= np.maximum(correlation[:, :1], 1e-9)
+    correlation = correlation[:-1] / np.maximum(correlation[-1], 0.05)
+    lags = correlation[:, shortest:longest].argmax(1) + shortest
+    return medfilt(rate / lags, 5), medfilt(correlation[np.arange(len(lags)), lags], 3)
+
+
+def keep_prediction(
+    samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]
+) -> tuple:
+    """Keep linear prediction, pitch and loudness only: pulses and noise through the filters, as LPC vocoders do."""
+    order, voiced_from, breath = int(draw.integers(10, 22)), draw.uniform(0.35, 0.6), draw.uniform(0, 0.4)
+    hop, length = rate // 100, rate // 40
+    pitch, periodic = track_pitch(samples, rate, hop)
+    pulses, noise, place = np.zeros(len(samples)), draw.normal(size=len(samples)), 0.0
+    while place < len(samples):
+        period = rate / pitch[int(place / hop)] * (1 + 0.01 * draw.normal())
+        pulses[int(place)], place = np.sqrt(period), place + period
+    padded, window = np.pad(samples, (length // 2, length)), np.hanning(length)
+    made, loudness, memory = np.zeros(len(samples)), 0.0, np.zeros(order)
+    for number in range(-(-len(samples) // hop)):
+        part = slice(number * hop, (number + 1) * hop)
+        frame = padded[number * hop : number * hop + length] * window
+        lags = np.correlate(frame, frame, "full")[length - 1 : length + order] + 1e-9
+        lags[0] *= 1.0001
+        prediction = solve_toeplitz(lags[:-1], lags[1:])
+        loudness = 0.5 * loudness + 0.5 * np.sqrt(max(lags[0] - prediction @ lags[1:], 0) / np.sum(window**2))
+        share = breath if periodic[number] > voiced_from else 1
+        source = pulses[part] * (1 - share) + noise[part] * share
+        made[part], memory = lfilter([loudness], np.r_[1, -prediction], source, zi=memory)
+    return made, f"linear prediction of order {order}"
+
+
+def keep_envelope(
+    samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]
+) -> tuple:
+    """Keep smooth envelopes, pitch and loudness only: harmonics plus noise, as WORLD and its kind do."""
+    length, hop = 512, rate // 200
+    smoothness, border, breath = int(draw.integers(20, 50)), draw.uniform(1500, 4500), draw.uniform(0.02, 0.25)
+    pitch, periodic = track_pitch(samples, rate, hop)
+    pitch = np.exp(np.convolve(np.log(pitch), np.ones(5) / 5, "same"))
+    transform = partial(stft, fs=rate, nperseg=length, noverlap=length - hop)
+    frequencies, times, frames = transform(samples)
+    cepstrum = np.fft.irfft(np.log(np.abs(frames) + 1e-6), axis=0)
+    cepstrum[smoothness:-smoothness] = 0
+    envelope = np.exp(np.fft.rfft(cepstrum, axis=0).real)
+    time, hops = np.arange(len(samples)), np.arange(len(pitch)) * hop
+    steady = np.interp(time, hops, pitch)
+    voiced = np.interp(time, hops, (periodic > draw.uniform(0.4, 0.6)).astype(float))
+    phase, made = 2 * np.pi * np.cumsum(steady) / rate, np.zeros(len(samples))
+    for number in range(1, int(min(border, rate / 2) / steady.min()) + 1):
+        place = [steady * number * length / rate, np.minimum(time / hop, envelope.shape[1] - 1)]
+        level = map_coordinates(envelope, place, order=1, mode="nearest") * (steady * number < border) * voiced
+        made += 2 * level * np.cos(number * phase)
+    noise = transform(draw.normal(size=len(samples)))[2]
+    quiet = (frequencies[:, None] < border) & (np.interp(times * rate, time, voiced) > 0.5)
+    noise *= envelope / np.abs(noise).mean() * np.where(quiet, breath, 1)
+    hiss = istft(noise, fs=rate, nperseg=length, noverlap=length - hop)[1]
+    return made + np.resize(
+        hiss, len(samples)
+    ), f"harmonics up to {border:.0f} Hz plus noise, {smoothness} cepstral values"
+
+
+RESYNTHESES = ("griffinlim", "lpc", "harmonic")
 LAUNDERING = {
+    "griffinlim": keep_mel_spectrogram,
+    "lpc": keep_prediction,
+    "harmonic": keep_envelope,
     "noise": add_noise,
     "reverb": add_reverb,
     "resample": resample,
@@ -239,6 +342,8 @@ def launder(
     for name in condition.split("+"):
         if name != "clean":
             samples, done = LAUNDERING[name](samples, settings["sample_rate"], draw, settings, others)
+            if name in RESYNTHESES:  # which lose the background; a recording always has one
+                samples = samples + samples.std() * 10 ** (-draw.uniform(38, 50) / 20) * draw.normal(size=len(samples))
             samples = samples / np.abs(samples).max()
             words.append(done)
     return samples, "; ".join(words)

@@ -16,6 +16,7 @@ import math
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -40,27 +41,38 @@ WORK_DIR = Path("ablation")
 FOLDS = (  # generators and voices held out together, by the beginning of engine and by a part of speaker
     (("hibari",), ("Carlo", "Armelle")),
     (("piper",), ("Allison",)),
-    (("flite", "espeak"), ("tuxpaint",)),
-    (("festival",), ("fillets", "July")),
-    (("copy-",), ("bass", "June")),
+    (("espeak", "copy-griffinlim"), ("tuxpaint",)),
+    (("festival", "copy-lpc"), ("fillets", "July")),
+    (("flite", "copy-world"), ("bass", "June")),
 )
+SIMILAR = {"copy-griffinlim": "griffinlim", "copy-lpc": "lpc", "copy-world": "harmonic"}  # held out together
 SEEDS = (0, 1)
 CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")
 FORMAT = {"frequency_range_hz": [60, 3500]}  # what differs from the maker's own settings
-BASE = {"format": {}, "copies": ("clean",), "epochs": 15, "crop": 0.5, "augment": True, "rate": 1e-3, "ema": 0.0}
-RECIPES = {  # what differs from BASE
+BASE = {
+    "format": {},
+    "copies": CONDITIONS,
+    "resyntheses": 0.5,
+    "epochs": 16,
+    "crop": 0.5,
+    "augment": True,
+    "rate": 1e-3,
+}
+RECIPES = {  # what differs from BASE; resyntheses: their share among the fakes
     "plain": {
         "format": {"window_s": 0.064, "hop_s": 0.032, "seconds_per_image": 3.0, "frequency_range_hz": [0, 8000]},
+        "copies": ("clean",),
+        "resyntheses": 0,
         "augment": "flips and rotation",
         "crop": 1.0,
         "epochs": 8,
         "clips": 1200,
     },
-    "base": {},
-    "copies": {"copies": CONDITIONS},
-    "copies, 30 epochs": {"copies": CONDITIONS, "epochs": 30},
-    "copies, no drawing": {"copies": CONDITIONS, "augment": False},
-    "copies, average": {"copies": CONDITIONS, "ema": 0.998},
+    "ours": {},
+    "without copies": {"copies": ("clean",)},
+    "without resyntheses": {"resyntheses": 0},
+    "without augmentation": {"augment": False},
+    "window of 32 ms": {"format": {"window_s": 0.032}},
 }
 # ------------------------------------------------------------------------------------------------
 MAGMA = torch.tensor(colormaps["magma"](np.linspace(0, 1, maker.GREY_LEVELS), bytes=True)[:, :3].copy())
@@ -70,12 +82,21 @@ COLOURS = torch.tensor(colormaps["magma"](np.linspace(0, 1, 256))[:, :3], dtype=
 # ---- Pictures
 
 
-def make_clip(path: str, settings: dict, babble: list[Path]) -> list[np.ndarray]:
-    """Make the pictures of a clip: for each of CONDITIONS uint8 levels, shape (parts, 224, 224)."""
-    samples = maker.read_audio(Path(path), settings["sample_rate"])
+def name_copies(row: dict) -> list[str]:
+    """Name the copies of a clip: laundered ones, and resyntheses of genuine ones, clean and laundered."""
+    if row["label"] != "original":
+        return list(CONDITIONS)
+    draw = np.random.default_rng(zlib.crc32(row["path"].encode()))
+    laundered = [f"{kind}+{draw.choice(CONDITIONS[1:])}" for kind in maker.RESYNTHESES]
+    return [*CONDITIONS, *maker.RESYNTHESES, *laundered]
+
+
+def make_clip(row: dict, settings: dict) -> list[np.ndarray]:
+    """Make the pictures of a clip: for each of its copies uint8 levels, shape (parts, 224, 224)."""
+    samples = maker.read_audio(CORPUS_DIR / row["path"], settings["sample_rate"])
     pictures = []
-    for condition in CONDITIONS:
-        laundered, _ = maker.launder(samples, condition, f"{path}__{condition}"[-60:], settings, babble)
+    for condition in name_copies(row):
+        laundered, _ = maker.launder(samples, condition, f"{row['path']}__{condition}", settings, [])
         pictures.append(np.stack(maker.cut_parts(laundered, settings)))
     return pictures
 
@@ -85,16 +106,14 @@ def load_pictures(rows: list[dict], settings: dict) -> list[list[np.ndarray]]:
     name = WORK_DIR / f"pictures-{zlib.crc32(repr(sorted(settings.items())).encode()):08x}.npy"
     index = name.with_suffix(".counts.npy")
     if not index.exists():
-        paths = [str(CORPUS_DIR / row["path"]) for row in rows]
-        babble = [Path(path) for path in sorted(paths)[::7]]
-        make = partial(make_clip, settings=settings, babble=babble)
+        make = partial(make_clip, settings=settings)
+        counts = np.zeros((len(rows), len(CONDITIONS) + 2 * len(maker.RESYNTHESES)), int)
         with ProcessPoolExecutor() as pool, open(name, "wb") as file:
-            counts = []
-            for pictures in pool.map(make, paths, chunksize=8):
-                counts.append([len(parts) for parts in pictures])
+            for number, pictures in enumerate(pool.map(make, rows, chunksize=8)):
+                counts[number, : len(pictures)] = [len(parts) for parts in pictures]
                 for parts in pictures:
                     file.write(parts.tobytes())
-        np.save(index, np.array(counts))
+        np.save(index, counts)
     counts, size = np.load(index), settings["image_size"]
     pixels = np.memmap(name, np.uint8, "r").reshape(-1, size, size)
     ends = np.cumsum(counts.ravel()).reshape(counts.shape)
@@ -139,45 +158,69 @@ def change_plainly(images: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     return nn.functional.grid_sample(images, grid, align_corners=False)
 
 
-def train(recipe: dict, pictures: list, labels: np.ndarray, chosen: list[int], seed: int, compute: trainer.Compute):
-    """Train a network on one random part of each clip in each epoch."""
+def draw_batches(
+    recipe: dict, pictures: list, labels: np.ndarray, chosen: list[int], kinds: list[int], draw: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Draw the batches of an epoch: one part of one copy of each clip, and resyntheses in place of some fakes.
+
+    Args:
+        kinds: numbers of the resyntheses that may be used.
+    """
+    which = [CONDITIONS.index(name) for name in recipe["copies"]]
+    genuine = [clip for clip in chosen if labels[clip]]
+    order = draw.permutation(chosen)
+    for start in range(0, len(order) - 31, 32):
+        batch = []
+        for clip in order[start : start + 32]:
+            copies = pictures[clip]
+            copy = draw.choice(which)
+            if not labels[clip] and draw.random() < recipe["resyntheses"]:
+                copies = pictures[draw.choice(genuine)]
+                laundered = len(which) > 1 and draw.random() < 0.6
+                copy = len(CONDITIONS) + draw.choice(kinds) + laundered * len(maker.RESYNTHESES)
+            batch.append(copies[copy][draw.integers(len(copies[copy]))])
+        yield np.stack(batch), labels[order[start : start + 32]]
+
+
+def train(
+    recipe: dict,
+    pictures: list,
+    labels: np.ndarray,
+    chosen: list[int],
+    held: tuple,
+    seed: int,
+    compute: trainer.Compute,
+) -> nn.Module:
+    """Train a network on one random part of each clip in each epoch; `held` names the generators held out."""
     torch.manual_seed(seed)
     model = trainer.build_model(None, compute)
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe["ema"]), use_buffers=True
-    )
     weights = torch.tensor(1 / np.bincount(labels[chosen]), dtype=torch.float32)
     loss_fn = nn.CrossEntropyLoss(weights / weights.mean(), label_smoothing=0.05)
     optimizer = torch.optim.AdamW(model.parameters(), recipe["rate"], weight_decay=0.05, fused=True)
     steps = recipe["epochs"] * (len(chosen) // 32)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(trainer.scale_rate, steps=steps))
-    which = [CONDITIONS.index(name) for name in recipe["copies"]]
+    similar = {SIMILAR.get(name) for name in held}
+    kinds = [number for number, name in enumerate(maker.RESYNTHESES) if name not in similar]
     numpy_draw, draw = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(recipe["epochs"]):
-        order = numpy_draw.permutation(chosen)
-        for start in range(0, len(order) - 31, 32):
-            batch = order[start : start + 32]
-            copies = [pictures[clip][numpy_draw.choice(which)] for clip in batch]
-            images = paint(np.stack([parts[numpy_draw.integers(len(parts))] for parts in copies]))
+        for levels, truth in draw_batches(recipe, pictures, labels, chosen, kinds, numpy_draw):
+            images = paint(levels)
             if recipe["augment"] == "flips and rotation":
                 images = change_plainly(images, draw)
             elif recipe["augment"]:
                 images = trainer.augment(images, COLOURS, recipe["crop"], draw)
             else:
                 width = round(recipe["crop"] * images.shape[3])
-                images = images[
-                    :, :, :, (first := int(numpy_draw.integers(images.shape[3] - width + 1))) : first + width
-                ]
+                first = int(numpy_draw.integers(images.shape[3] - width + 1))
+                images = images[:, :, :, first : first + width]
             with compute.autocast():
                 logits = model(trainer.to_input(images))
             optimizer.zero_grad()
-            loss_fn(logits.float(), torch.from_numpy(labels[batch])).backward()
+            loss_fn(logits.float(), torch.from_numpy(truth)).backward()
             optimizer.step()
             schedule.step()
-            if recipe["ema"]:
-                average.update_parameters(model)
-    return (average.module if recipe["ema"] else model).eval()
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -211,7 +254,7 @@ def run_fold(recipe: dict, pictures: list, rows: list[dict], fold: int, seed: in
     validation = [number for number in chosen if rows[number]["group"] in held]
     chosen = draw.permutation([number for number in chosen if rows[number]["group"] not in held])[: recipe.get("clips")]
     started = time.perf_counter()
-    model = train(recipe, pictures, labels, chosen.tolist(), seed, compute)
+    model = train(recipe, pictures, labels, chosen.tolist(), FOLDS[fold][0], seed, compute)
     measures = {"training_s": time.perf_counter() - started, "clips": len(chosen)}
 
     clean = score(model, pictures, validation, 0, compute)
