@@ -297,10 +297,10 @@ def keep_envelope(
     steady = np.interp(time, hops, pitch)
     voiced = np.interp(time, hops, (periodic > draw.uniform(0.4, 0.6)).astype(float))
     phase, made = 2 * np.pi * np.cumsum(steady) / rate, np.zeros(len(samples))
-    for number in range(1, int(min(border, rate / 2) / steady.min()) + 1):
-        place = [steady * number * length / rate, np.minimum(time / hop, envelope.shape[1] - 1)]
-        level = map_coordinates(envelope, place, order=1, mode="nearest") * (steady * number < border) * voiced
-        made += 2 * level * np.cos(number * phase)
+    for number in range(1, int(min(border, rate / 2) / pitch.min()) + 1):
+        place = [pitch * number * length / rate, np.minimum(np.arange(len(pitch)), envelope.shape[1] - 1)]
+        level = map_coordinates(envelope, place, order=1, mode="nearest") * (pitch * number < border)
+        made += 2 * np.interp(time, hops, level) * voiced * np.cos(number * phase)
     noise = transform(draw.normal(size=len(samples)))[2]
     quiet = (frequencies[:, None] < border) & (np.interp(times * rate, time, voiced) > 0.5)
     noise *= envelope / np.abs(noise).mean() * np.where(quiet, breath, 1)
@@ -310,11 +310,8 @@ def keep_envelope(
     ), f"harmonics up to {border:.0f} Hz plus noise, {smoothness} cepstral values"
 
 
-RESYNTHESES = ("griffinlim", "lpc", "harmonic")
+RESYNTHESES = {"griffinlim": keep_mel_spectrogram, "lpc": keep_prediction, "harmonic": keep_envelope}
 LAUNDERING = {
-    "griffinlim": keep_mel_spectrogram,
-    "lpc": keep_prediction,
-    "harmonic": keep_envelope,
     "noise": add_noise,
     "reverb": add_reverb,
     "resample": resample,
@@ -322,6 +319,7 @@ LAUNDERING = {
     "bandlimit": limit_band,
     "gain": lower_gain,
     "clip": clip,
+    **RESYNTHESES,
 }
 
 
@@ -341,7 +339,11 @@ def launder(
     words = []
     for name in condition.split("+"):
         if name != "clean":
+            length = len(samples)
+            if name in RESYNTHESES:  # their windows are longer than the shortest recordings
+                samples = np.resize(samples, max(length, 2048))
             samples, done = LAUNDERING[name](samples, settings["sample_rate"], draw, settings, others)
+            samples = samples[:length]
             if name in RESYNTHESES:  # which lose the background; a recording always has one
                 samples = samples + samples.std() * 10 ** (-draw.uniform(38, 50) / 20) * draw.normal(size=len(samples))
             samples = samples / np.abs(samples).max()

@@ -12,7 +12,7 @@ from scipy.io import wavfile
 
 SETTINGS = {
     "sample_rate": 16000,
-    "window_s": 0.032,
+    "window_s": 0.064,
     "hop_s": 0.008,
     "frequency_range_hz": [60, 7600],
     "db_range": [-30, 40],

@@ -82,31 +82,32 @@ COLOURS = torch.tensor(colormaps["magma"](np.linspace(0, 1, 256))[:, :3], dtype=
 # ---- Pictures
 
 
-def name_copies(row: dict) -> list[str]:
+def name_copies(row: dict, resyntheses: bool) -> list[str]:
     """Name the copies of a clip: laundered ones, and resyntheses of genuine ones, clean and laundered."""
-    if row["label"] != "original":
+    if row["label"] != "original" or not resyntheses:
         return list(CONDITIONS)
     draw = np.random.default_rng(zlib.crc32(row["path"].encode()))
     laundered = [f"{kind}+{draw.choice(CONDITIONS[1:])}" for kind in maker.RESYNTHESES]
     return [*CONDITIONS, *maker.RESYNTHESES, *laundered]
 
 
-def make_clip(row: dict, settings: dict) -> list[np.ndarray]:
+def make_clip(row: dict, settings: dict, resyntheses: bool) -> list[np.ndarray]:
     """Make the pictures of a clip: for each of its copies uint8 levels, shape (parts, 224, 224)."""
     samples = maker.read_audio(CORPUS_DIR / row["path"], settings["sample_rate"])
     pictures = []
-    for condition in name_copies(row):
+    for condition in name_copies(row, resyntheses):
         laundered, _ = maker.launder(samples, condition, f"{row['path']}__{condition}", settings, [])
         pictures.append(np.stack(maker.cut_parts(laundered, settings)))
     return pictures
 
 
-def load_pictures(rows: list[dict], settings: dict) -> list[list[np.ndarray]]:
+def load_pictures(rows: list[dict], settings: dict, resyntheses: bool) -> list[list[np.ndarray]]:
     """Make the pictures of all clips, or load those that were made with these settings before."""
-    name = WORK_DIR / f"pictures-{zlib.crc32(repr(sorted(settings.items())).encode()):08x}.npy"
+    kind = "all" if resyntheses else "laundered"
+    name = WORK_DIR / f"pictures-{kind}-{zlib.crc32(repr(sorted(settings.items())).encode()):08x}.npy"
     index = name.with_suffix(".counts.npy")
     if not index.exists():
-        make = partial(make_clip, settings=settings)
+        make = partial(make_clip, settings=settings, resyntheses=resyntheses)
         counts = np.zeros((len(rows), len(CONDITIONS) + 2 * len(maker.RESYNTHESES)), int)
         with ProcessPoolExecutor() as pool, open(name, "wb") as file:
             for number, pictures in enumerate(pool.map(make, rows, chunksize=8)):
@@ -309,7 +310,8 @@ def main() -> None:
                 if any((row["recipe"], row["fold"], row["seed"]) == (name, str(fold), str(seed)) for row in results):
                     continue
                 recipe = {**BASE, **RECIPES[name]}
-                pictures = load_pictures(rows, {**maker.collect_settings(), **FORMAT, **recipe["format"]})
+                settings = {**maker.collect_settings(), **FORMAT, **recipe["format"]}
+                pictures = load_pictures(rows, settings, recipe["resyntheses"] > 0)
                 measures = run_fold(recipe, pictures, rows, fold, seed, compute)
                 print(name, fold, seed, {key: round(value, 3) for key, value in measures.items()}, flush=True)
                 results += [
