@@ -53,7 +53,7 @@ BASE = {
     "format": {},
     "copies": CONDITIONS,
     "resyntheses": 0.5,
-    "epochs": 16,
+    "epochs": 12,
     "crop": 0.5,
     "augment": True,
     "rate": 1e-3,

@@ -223,7 +223,7 @@ def main() -> int:
         counts, wrong = damage_checkpoint(reference / "models/experiments" / BEST, 4 * rounds, 10 * rounds, draw)
     for fault in faults + wrong:
         print(f"FAULT: {fault}")
-    print(f"{interruptions.total()} interruptions ({dict(interruptions)}), {len(faults)} faults")
+    print(f"{sum(interruptions.values())} interruptions ({dict(interruptions)}), {len(faults)} faults")
     print(f"{14 * rounds} damaged checkpoints: {dict(counts)}, {len(wrong)} faults")
     return 1 if faults or wrong else 0
 
