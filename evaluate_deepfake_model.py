@@ -77,10 +77,15 @@ LABELS = {  # what actual_output may say, without regard to case and surrounding
 }
 REPORT_ORDER = ("Original", "Deepfake")
 CHECKPOINT_FORMAT = 1
+HOST = re.sub(r"\W", "_", platform.node())[:20]  # in the names of temporary files: whose are they?
 SPOOF_PRIOR, COST_MISS, COST_FALSE_ALARM = 0.05, 1, 10  # ASVspoof 5's costs of detection: Wang et al., 2024, section 3
 COLOURS = {"Original": "#0072B2", "Deepfake": "#D55E00"}  # told apart by the colour-blind: Okabe and Ito, 2008
 SHORTCUT_AUC = 0.75  # above it the report doubts the training images
 FEW_ROWS = 20  # fewer are marked in the report
+OUTPUTS = (  # <name>_<output> beside <name>.csv
+    *("scores.tsv", "key.tsv", "recordings.csv", "report.txt"),
+    *("curves.png", "conditions.png", "mistakes.png"),
+)
 FORMAT_SAMPLE = 200  # images of a CSV that the format check looks at
 UNLIKE_SHARE = 0.2  # of them may look unlike the training images before it warns
 BAND_FEATURES = ("brightness", "deviation over time", "change from row to row", "change from column to column")
@@ -180,11 +185,11 @@ def parse_table(content: bytes, path: Path) -> tuple[list[list[str]], str]:
     csv.field_size_limit(2**31 - 1)
     for delimiter in ",;\t":
         try:
-            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+            if "img_path" in next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), ()):
+                # strict: a quote that is never closed would swallow the rows after it
+                return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)), delimiter
         except csv.Error as error:
-            raise ValueError(f"{path} is no CSV: {error}") from None
-        if rows and "img_path" in rows[0]:
-            return rows, delimiter
+            raise ValueError(f"{path} is no CSV: {error} (quotes that do not match?)") from None
     first_line = text[:100].splitlines()[:1]
     raise ValueError(f"{path} has no column img_path; its first line: {first_line}")
 
@@ -219,7 +224,8 @@ def check_writable(path: Path) -> None:
     """Raise ValueError if a file, or the folder that it lies in, is read-only: better now than after hours."""
     path = Path(os.path.realpath(path))
     for place in (path, path.parent):
-        if not os.access(place, os.W_OK) or not place.stat().st_mode & 0o222:
+        bits_tell = os.name != "nt" or place.is_file()  # on Windows a folder's read-only bit means something else
+        if not os.access(place, os.W_OK) or (bits_tell and not place.stat().st_mode & 0o222):
             raise ValueError(f"{place} is read-only, so that predictions cannot be written")
 
 
@@ -263,7 +269,7 @@ def read_jobs(paths: list[Path], base: Path) -> tuple[list[Job], int]:
     """Read all CSVs; name those that cannot be used. Returns the usable ones and the number of others.
 
     Raises:
-        ValueError: none can be used, or two would write the same report.
+        ValueError: none can be used, two would write the same report, or a report would overwrite an input.
     """
     jobs, reasons = [], []
     for path in dict.fromkeys(paths):
@@ -278,6 +284,12 @@ def read_jobs(paths: list[Path], base: Path) -> tuple[list[Job], int]:
             raise ValueError(f"{other} and {job.path} would write the same report: rename one")
     if not jobs:
         raise ValueError("; ".join(reasons) or "CSV_FILES is empty")
+    inputs = {os.path.realpath(path) for job in jobs for path in (job.path, *job.images.values())}
+    for job in jobs:
+        for output in [".predicted.csv", *(f"_{name}" for name in OUTPUTS), ".png"]:
+            path = str(job.path.with_suffix("")) + output
+            if os.path.realpath(path) in inputs:
+                raise ValueError(f"the report on {job.path} would overwrite {path}, which is to be read: rename one")
     for reason in reasons:
         print(f"left out: {reason}", file=sys.stderr)
     return jobs, len(reasons)
@@ -558,6 +570,7 @@ def score_images(paths: list[str], model: nn.Module, facts: dict, compute: Compu
             done += len(pixels)
             progress.update(len(pixels))
     values = margins.tolist()
+    reasons.update((i, "the network's output is not finite") for i in np.flatnonzero(~np.isfinite(values)).tolist())
     judged = {path: values[i] for i, path in enumerate(paths) if i not in reasons}
     scale, offset = facts["calibration"]["scale"], facts["calibration"]["offset"]
     mine = Judged(
@@ -577,7 +590,7 @@ def score_images(paths: list[str], model: nn.Module, facts: dict, compute: Compu
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole: after a crash at any moment the old content or the new one is there."""
     path = Path(os.path.realpath(path))  # a symbolic link stays one
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:200]}.{HOST}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -598,11 +611,12 @@ def remove_leftovers(folder: Path, name: str) -> None:
 
 
 def is_running(process: str) -> bool:
-    """Tell whether there may be a process of this number."""
-    if os.name == "nt" or not process.isdigit():
-        return True  # nothing tells without a signal, and there every signal kills
+    """Tell whether there may be a process of this host and number, as `write_file` notes it: HOST-number."""
+    host, _, number = process.rpartition("-")
+    if os.name == "nt" or host != HOST or not number.isdigit():
+        return True  # nothing tells (on Windows every signal kills)
     try:
-        os.kill(int(process), 0)
+        os.kill(int(number), 0)
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:
@@ -638,7 +652,12 @@ def write_predictions(job: Job, llr: dict[str, float]) -> tuple[Path, bytes]:
     if not path.is_file() or path.read_bytes() != job.before:
         path = path.with_suffix(".predicted.csv")
         print(f"{job.path} was changed since this run read it, and is left so: see {path}", file=sys.stderr)
-    write_file(path, content)
+    try:
+        write_file(path, content)
+    except PermissionError as error:  # on Windows: it is open in another program
+        path = job.path.with_suffix(".predicted.csv")
+        print(f"{job.path} cannot be written ({error.strerror}), and is left as it is: see {path}", file=sys.stderr)
+        write_file(path, content)
     return path, content
 
 
@@ -823,7 +842,8 @@ def draw_confusion(path: Path, counts: np.ndarray) -> None:
 
 def shorten(text: str, length: int = 40) -> str:
     """Cut a long name in its middle."""
-    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-(length - length // 2) :]}"
+    cut = text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-(length - length // 2) :]}"
+    return cut.replace("$", r"\$")  # which begins a formula in a picture
 
 
 def draw_curves(path: Path, name: str, table: pandas.DataFrame) -> None:
@@ -1239,7 +1259,10 @@ def check_settings() -> None:
             return "".encode(value) is not None
         return False
 
+    own = ("path", "recording", "label", "is_fake", "llr", "margin")
+    is_list = isinstance(REPORT_BY, (list, tuple)) and all(isinstance(name, str) for name in REPORT_BY)
     rules = {
+        "REPORT_BY": (is_list and not set(own) & set(REPORT_BY), f"a list of columns other than {', '.join(own)}"),
         "CSV_FILES": (isinstance(CSV_FILES, (list, tuple)), "a list of paths"),
         "BATCH_SIZE": (is_whole(BATCH_SIZE, 1), "a whole number of at least 1"),
         "WORKERS": (WORKERS is None or is_whole(WORKERS, 0), "a whole number of at least 0, or None"),
@@ -1320,11 +1343,14 @@ def run_script() -> int:
             return 0
         print("error: no arguments are taken: edit the settings at the top of the script", file=sys.stderr)
         return 2
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end the run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, stop)
     try:
         return main()
     except (ValueError, OSError) as error:  # one out of a worker process brings its traceback along
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"error: {(str(error).strip() or type(error).__name__).splitlines()[-1]}", file=sys.stderr)
     except torch.OutOfMemoryError:
         print(f"error: out of memory: halve BATCH_SIZE (now {BATCH_SIZE})", file=sys.stderr)
     except KeyboardInterrupt as interrupt:

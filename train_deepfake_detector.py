@@ -91,6 +91,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 DOWNLOAD_TIMEOUT_S = 30  # without a single byte; torch.hub itself would wait for ever
 CHECKPOINT_FORMAT = 1
+HOST = re.sub(r"\W", "_", platform.node())[:20]  # in the names of temporary files: whose are they?
 STATE_NAME = "resume_state.pth"  # beside the final checkpoint; the state before it: previous_resume_state.pth
 NOT_SHAPING = (  # settings that may change between an interrupted run and the one that goes on with it
     *("DATA_DIR", "HOLDOUT_CSVS", "CSV_ENCODING", "BEST_MODEL_PATH", "FINAL_MODEL_PATH", "CACHE_DIR"),
@@ -363,7 +364,7 @@ def find_images(data_dir: Path) -> SpectrogramFolder:
     """Index the images below the class folders, and print how many each folder holds.
 
     Raises:
-        ValueError: a class folder is missing or empty.
+        ValueError: a class folder is missing, or holds fewer than two images.
     """
     for class_dir in (data_dir / name.lower() for name in CLASSES):
         if not class_dir.is_dir():
@@ -371,8 +372,10 @@ def find_images(data_dir: Path) -> SpectrogramFolder:
     is_image = partial(is_visible_image, root=str(data_dir))
     folder = SpectrogramFolder(str(data_dir), is_valid_file=is_image, allow_empty=True)
     for index, name in enumerate(folder.classes):
-        if index not in folder.targets:
-            raise ValueError(f"no image below {data_dir / name} (allowed: {' '.join(SUFFIXES)})")
+        count = folder.targets.count(index)
+        if count < 2:
+            found = "one image only" if count else "no image"
+            raise ValueError(f"{found} below {data_dir / name}: two are needed ({' '.join(SUFFIXES)})")
     others = {entry.name for entry in data_dir.iterdir() if entry.is_dir()} - set(folder.classes)
     others = sorted(name for name in others if not name.startswith((".", "__")))
     if others:
@@ -447,11 +450,11 @@ def parse_table(content: bytes, path: Path) -> tuple[list[list[str]], str]:
     csv.field_size_limit(2**31 - 1)
     for delimiter in ",;\t":
         try:
-            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+            if "img_path" in next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), ()):
+                # strict: a quote that is never closed would swallow the rows after it
+                return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)), delimiter
         except csv.Error as error:
-            raise ValueError(f"{path} is no CSV: {error}") from None
-        if rows and "img_path" in rows[0]:
-            return rows, delimiter
+            raise ValueError(f"{path} is no CSV: {error} (quotes that do not match?)") from None
     first_line = text[:100].splitlines()[:1]
     raise ValueError(f"{path} has no column img_path; its first line: {first_line}")
 
@@ -989,6 +992,12 @@ def augment(images: torch.Tensor, colours: torch.Tensor, crop: float, draw: torc
     return images.add_(paint(after).sub_(paint(before))).clamp_(0, 1)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error means that the memory ran out; on a CPU torch raises it as a RuntimeError."""
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 class MicroBatches:
     """Lets batches be computed in as many parts as the memory demands.
 
@@ -1009,8 +1018,9 @@ class MicroBatches:
             size = math.ceil(images / self.parts)
             try:
                 return work(size)
-            except torch.OutOfMemoryError:
-                if size == 1 or dist.is_initialized():  # the other ranks wait for the gradients of the whole
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                alone = not dist.is_initialized() or dist.get_world_size() == 1  # others wait for all gradients
+                if size == 1 or not alone or not is_out_of_memory(error):
                     raise
             if self.parts == 1:
                 print(
@@ -1166,7 +1176,7 @@ def fit_calibration(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, flo
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole: after a crash at any moment the old content or the new one is there."""
     path = Path(os.path.realpath(path))  # a symbolic link stays one
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:200]}.{HOST}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -1216,6 +1226,7 @@ def load_state(path: Path) -> Optional[dict]:
         return None
     for reason in reasons:
         print(f"Warning: {reason}; the state before it is used")
+        path.unlink()  # or it would take that one's place when the next is saved
     return state
 
 
@@ -1258,11 +1269,12 @@ def remove_leftovers(folder: Path, name: str) -> None:
 
 
 def is_running(process: str) -> bool:
-    """Tell whether there may be a process of this number."""
-    if os.name == "nt" or not process.isdigit():
-        return True  # nothing tells without a signal, and there every signal kills
+    """Tell whether there may be a process of this host and number, as `write_file` notes it: HOST-number."""
+    host, _, number = process.rpartition("-")
+    if os.name == "nt" or host != HOST or not number.isdigit():
+        return True  # nothing tells (on Windows every signal kills)
     try:
-        os.kill(int(process), 0)
+        os.kill(int(number), 0)
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:
@@ -1333,8 +1345,8 @@ def check_settings(settings: dict) -> None:
         or_none = ", or None" if name in ("LEARNING_RATE", "WORKERS") else ""
         if or_none and value is None:
             continue
-        if name in lowest and not (is_number and isinstance(value, int) and value >= lowest[name]):
-            wrong.append((name, f"a whole number of at least {lowest[name]}{or_none}"))
+        if name in lowest and not (is_number and isinstance(value, int) and lowest[name] <= value < 10**9):
+            wrong.append((name, f"a whole number of at least {lowest[name]}, below 10**9{or_none}"))
         elif name in ranges and not (is_number and ranges[name][0] <= value <= ranges[name][1]):
             wrong.append((name, "a number from {} to {}".format(*ranges[name]) + or_none))
     if not isinstance(settings["HOLDOUT_CSVS"], (list, tuple)):
@@ -1455,7 +1467,10 @@ def fit(
     if state:
         history, of_epoch = state["history"], state["of_epoch"]
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:  # a scaler's is empty where the run began without float16
+                part.load_state_dict(state[name])
+        if state["precision"] != str(compute.dtype):
+            print(f"Warning: the run began in {state['precision']}, and goes on in {compute.dtype}")
     micro = MicroBatches()
     while len(history) < settings["EPOCHS"]:
         best = min(history, key=lambda row: row["val_loss"], default=None)  # the first of equals
@@ -1468,6 +1483,8 @@ def fit(
         row = {"epoch": epoch, "learning_rate": optimisation.schedule.get_last_lr()[0]}
         losses = train_one_epoch(trained, train_loader, optimisation, compute, change, micro)
         row["train_loss"] = float(np.sum(team.gather(losses))) / team.size
+        for buffer in model.buffers() if team.size > 1 else []:  # what is saved is what is validated
+            dist.broadcast(buffer, src=0)
         logits, labels = join_parts(team.gather(predict_logits(model, val_loader, compute, micro)))
         row.update(team.share(measure(logits, labels)))
         row["seconds"] = time.perf_counter() - started
@@ -1487,7 +1504,8 @@ def fit(
         write_history(history_path, history)
         state = {name: part.state_dict() for name, part in parts.items()}
         start = facts["initial_weights"]
-        save_state(state_path, {**state, "history": history, "of_epoch": of_epoch, "run": run, "start": start})
+        about = {"history": history, "of_epoch": of_epoch, "run": run, "start": start}
+        save_state(state_path, {**state, **about, "precision": str(compute.dtype)})
     if team.rank == 0:
         save_checkpoint(final_path, model, {**facts, **of_epoch})
         draw_curves(curves_path, history)
@@ -1501,6 +1519,7 @@ def main() -> int:
     here = Path(__file__).resolve().parent
     settings = {name: globals()[name] for name in SETTINGS}
     check_settings(settings)
+    settings["HOLDOUT_CSVS"] = [str(path) for path in HOLDOUT_CSVS]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     data_dir = Path(os.path.normpath(here / DATA_DIR))
     best_path, final_path = here / BEST_MODEL_PATH, here / FINAL_MODEL_PATH
@@ -1579,25 +1598,29 @@ def run_script() -> int:
             return 0
         print("error: no arguments are taken: edit the settings at the top of the script", file=sys.stderr)
         return 2
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end the run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, stop)
     try:
         return main()
     except (ValueError, OSError) as error:  # one out of a worker process brings its traceback along
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print(
-            f"error: out of memory with one image at a time: halve IMAGE_SIZE (now {IMAGE_SIZE}); under torchrun, "
-            f"with this rank's images: halve BATCH_SIZE (now {BATCH_SIZE})",
-            file=sys.stderr,
-        )
+        print(f"error: {(str(error).strip() or type(error).__name__).splitlines()[-1]}", file=sys.stderr)
     except KeyboardInterrupt as interrupt:
         way_on = "run it again" if RESUME else "set RESUME = True and run it again"
         name, status = ("SIGTERM", 143) if interrupt.args else ("Ctrl-C", 130)
         if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one is enough to say so
             print(f"stopped by {name}; {way_on}, and it goes on after the last finished epoch", file=sys.stderr)
         return status
-    except Exception:  # a fault of this script: the whole story, and not the status of a finished run
-        traceback.print_exc()
+    except Exception as error:
+        if is_out_of_memory(error):
+            print(
+                f"error: out of memory, with batches in the smallest parts: lower IMAGE_SIZE (now {IMAGE_SIZE}) or "
+                f"BATCH_SIZE (now {BATCH_SIZE})",
+                file=sys.stderr,
+            )
+        else:  # a fault of this script: the whole story, and not the status of a finished run
+            traceback.print_exc()
     return 2
 
 

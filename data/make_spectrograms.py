@@ -479,6 +479,10 @@ def name_images(paths: list[Path], conditions: list[str]) -> dict[str, tuple[Pat
             if stem in images:
                 raise ValueError(f"{images[stem][0]} and {path} would make the same image: rename one")
             images[stem] = path, condition
+    for stem, (path, _) in images.items():
+        whole, _, number = stem.rpartition("_")
+        if whole in images and number.isdigit():
+            raise ValueError(f"{images[whole][0]} and {path} might make the same image: rename one")
     return images
 
 
@@ -501,7 +505,8 @@ def find_finished(folder: Path, images: dict[str, tuple[Path, str]], settings: d
         try:
             with Image.open(path) as image:
                 stored = json.loads(image.text[TEXT_KEY])
-        except (OSError, KeyError, ValueError, UnidentifiedImageError):
+            stored["settings"], stored["parts"]
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, UnidentifiedImageError):
             raise ValueError(f"{path} is there, but not from this script: move it away") from None
         for key, value in choose_settings(settings, images[stem][1]).items():
             if stored["settings"].get(key) != value:
@@ -623,6 +628,9 @@ def run_script() -> int:
             return 0
         print("error: no arguments are taken: edit the settings at the top of the script", file=sys.stderr)
         return 2
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end the run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return main()

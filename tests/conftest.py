@@ -39,7 +39,7 @@ def copy_script(folder: Path, script: str, **constants: object) -> Path:
     for name, value in constants.items():
         text, count = re.subn(rf"^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", text, flags=re.MULTILINE)
         assert count == 1, f"{script} has {count} lines '{name} = '"
-    text = re.sub(r"= (Posix|Windows)Path\(", "= Path(", text)
+    text = re.sub(r"\b(Posix|Windows)Path\(", "Path(", text)
     target = folder / Path(script).name
     target.write_text(text, encoding="utf-8")
     return target

@@ -266,3 +266,9 @@ def test_resyntheses_of_genuine_recordings_become_named_images(tmp_path):
     assert outcome.status == 0, outcome.err
     names = sorted(path.name for path in (tmp_path / "data/deepfake/combined").iterdir())
     assert names == ["one__harmonic+codec.png", "one__lpc.png"]
+
+
+def test_recordings_whose_parts_would_share_a_name_are_refused(tmp_path):
+    write_voices(tmp_path / "audio", ["talk__anna", "talk__anna_1"])
+    outcome = run(tmp_path, MAKER, INPUT_DIR="audio", OUTPUT_DIR="images")
+    assert (outcome.status, "might make the same image" in outcome.err) == (2, True)

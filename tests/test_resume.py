@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,12 +161,12 @@ def test_leftovers_of_killed_runs_are_removed_and_others_kept(project):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (project / MODELS).mkdir(parents=True)
-    (project / MODELS / f".{BEST}.{dead.pid}.tmp").write_bytes(b"half")
-    (project / MODELS / f".{BEST}.{os.getppid()}.tmp").write_bytes(b"of a run beside this one")
+    (project / MODELS / f".{BEST}.{trainer.HOST}-{dead.pid}.tmp").write_bytes(b"half")
+    (project / MODELS / f".{BEST}.{trainer.HOST}-{os.getppid()}.tmp").write_bytes(b"of a run beside this one")
     (project / "models/cache").mkdir()
-    (project / "models/cache" / f".32px-x.shard.{dead.pid}.tmp").write_bytes(b"half")
+    (project / "models/cache" / f".32px-x.shard.{trainer.HOST}-{dead.pid}.tmp").write_bytes(b"half")
     assert run(project, TRAINER, **QUICK).status == 0
-    assert [path.name for path in project.rglob(".*.tmp")] == [f".{BEST}.{os.getppid()}.tmp"]
+    assert [path.name for path in project.rglob(".*.tmp")] == [f".{BEST}.{trainer.HOST}-{os.getppid()}.tmp"]
 
 
 # ---- Signals, memory, disk
@@ -212,7 +213,7 @@ def test_a_single_image_too_large_for_the_memory_is_a_clear_error(project, monke
     limit_batch(monkeypatch, 0)
     outcome = run(project, TRAINER, **QUICK)
     assert (outcome.status, len(outcome.err.splitlines())) == (2, 1)
-    assert "out of memory with one image at a time: halve IMAGE_SIZE" in outcome.err
+    assert "out of memory, with batches in the smallest parts: lower IMAGE_SIZE" in outcome.err
 
 
 def test_parts_have_the_gradients_of_the_whole_batch(project):
@@ -266,7 +267,7 @@ def test_full_disk_loses_nothing_and_after_room_was_made_it_goes_on(project):
 
 @pytest.mark.slow
 def test_chaos_in_a_few_rounds():
-    command = [sys.executable, str(ROOT / "tests/benchmarks/chaos.py"), "3"]
+    command = [sys.executable, str(ROOT / "tests/benchmarks/chaos.py"), "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 0 faults" in done.stdout
@@ -279,3 +280,33 @@ def test_evaluation_ends_on_sigterm_with_a_line_and_leaves_the_csv(judged, monke
     assert outcome.status == 143
     assert outcome.err == "stopped by SIGTERM; CSVs not yet written are as they were; run it again to judge them\n"
     assert (judged / "test_data/test.csv").read_bytes() == before
+
+
+def test_memory_of_a_cpu_running_out_counts_as_well(project, monkeypatch):
+    forward = resnet.ResNet.forward
+
+    def run_out(self, images):
+        if len(images) > 3:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        return forward(self, images)
+
+    monkeypatch.setattr(resnet.ResNet, "forward", run_out)
+    outcome = run(project, TRAINER, **QUICK)
+    assert outcome.status == 0, outcome.err
+    assert "Out of memory: from here on" in outcome.out
+
+
+def test_state_saved_after_a_fall_back_never_takes_the_good_ones_place(project, monkeypatch):
+    interrupt(project, monkeypatch, 2)
+    state = project / MODELS / "resume_state.pth"
+    state.write_bytes(state.read_bytes()[:1000])
+    assert len(trainer.load_state(state)["history"]) == 1
+    monkeypatch.setattr(trainer, "write_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        trainer.save_state(state, {"history": []})
+    assert len(trainer.load_state(state)["history"]) == 1
+
+
+def test_paths_among_the_hold_out_lists_leave_a_checkpoint_that_loads(project):
+    assert run(project, TRAINER, **{**QUICK, "HOLDOUT_CSVS": [Path("test_data/test.csv")]}).status == 0
+    assert trainer.load_content(project / MODELS / FINAL)["settings"]["HOLDOUT_CSVS"] == ["test_data/test.csv"]

@@ -113,8 +113,8 @@ def test_training_writes_once_and_resumes_with_another_number_of_processes(tmp_p
     assert running.returncode != 0
     assert time.monotonic() - started < 60
     assert "exitcode" in err
-    epochs = len(torch.load(folder / MODELS / "resume_state.pth", weights_only=True)["history"])
-    state = torch.load(folder / MODELS / "resume_state.pth", weights_only=True)
+    state = trainer.load_state(folder / MODELS / "resume_state.pth")
+    epochs = len(state["history"])
     state["run"]["EPOCHS"] = epochs + 1
     torch.save(state, folder / MODELS / "resume_state.pth")
     outcome = run(folder, TRAINER, **{**EXACT, "EPOCHS": epochs + 1, "PATIENCE": 300})

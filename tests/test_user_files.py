@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import random
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.chaos import damage_checkpoint
-from conftest import EVALUATOR, read_csv, run
+from conftest import EVALUATOR, QUICK, TRAINER, read_csv, run, run_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -133,3 +134,68 @@ def test_other_zip_is_refused(judged):
         archive.writestr("notes.txt", "nothing")
     outcome = run(judged, EVALUATOR, WORKERS=0)
     assert (outcome.status, len(outcome.err.splitlines())) == (2, 1)
+
+
+@pytest.mark.parametrize("line", ['original/combined/o0__clean_1.png,"never closed', '"hello" world,x'])
+def test_quotes_that_do_not_match_are_refused_and_swallow_nothing(judged, line):
+    table = judged / "test_data/test.csv"
+    table.write_text(f"img_path,note\n{line}\noriginal/combined/o0__clean_2.png,y\n")
+    before = table.read_bytes()
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert (outcome.status, len(outcome.err.splitlines())) == (2, 1)
+    assert "quotes that do not match?" in outcome.err
+    assert table.read_bytes() == before
+
+
+def test_report_never_overwrites_an_image_or_another_csv(judged):
+    shutil.copy(judged / "data/original/combined/o0__clean_1.png", judged / "test_data/test.png")
+    (judged / "test_data/test.csv").write_text("img_path,actual_output\n../test_data/test.png,Original\n")
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert outcome.status == 2
+    assert "would overwrite" in outcome.err
+    (judged / "test_data/test.csv").write_text("img_path\noriginal/combined/o0__clean_1.png\n")
+    (judged / "test_data/test_recordings.csv").write_text("img_path\noriginal/combined/o0__clean_1.png\n")
+    outcome = run(judged, EVALUATOR, WORKERS=0, CSV_FILES=["test_data/test.csv", "test_data/test_recordings.csv"])
+    assert (outcome.status, "would overwrite" in outcome.err) == (2, True)
+
+
+def test_csv_open_elsewhere_keeps_its_text_and_the_verdicts_are_not_lost(judged, monkeypatch):
+    replace = os.replace
+
+    def refuse(source, target):
+        if str(target).endswith("test.csv"):
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    before = (judged / "test_data/test.csv").read_bytes()
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert outcome.status == 1
+    assert (judged / "test_data/test.csv").read_bytes() == before
+    assert all(row["predicted_output"] for row in read_csv(judged / "test_data/test.predicted.csv"))
+
+
+def test_outputs_that_are_not_finite_are_no_verdicts(judged, monkeypatch):
+    monkeypatch.setattr(resnet.ResNet, "forward", lambda self, images: torch.full((len(images), 512), float("inf")))
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert outcome.status == 1
+    assert "the network's output is not finite" in outcome.err
+    assert {row["predicted_output"] for row in read_csv(judged / "test_data/test.csv")} == {""}
+
+
+def test_names_with_dollars_and_of_other_encodings_pass(judged):
+    name = "cost$5_$6_\udce9__clean.png"
+    shutil.copy(judged / "data/original/combined/o0__clean_1.png", judged / "data/cost$5_$6__clean.png")
+    table = judged / "test_data/test.csv"
+    table.write_text(table.read_text().rstrip("\n") + "\ncost$5_$6__clean.png,Deepfake\n")
+    outcome = run_process(judged, EVALUATOR, env={"PYTHONIOENCODING": "ascii"}, WORKERS=0)
+    assert outcome.status == 0, outcome.err
+    shutil.copy(judged / "data/original/combined/o0__clean_1.png", os.fsencode(judged / "data/original" / name))
+    outcome = run_process(judged, TRAINER, env={"PYTHONIOENCODING": "ascii"}, **QUICK)
+    assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.parametrize("value", ["source", ("llr",), 3])
+def test_wrong_report_by_is_refused(judged, value):
+    outcome = run(judged, EVALUATOR, WORKERS=0, REPORT_BY=value)
+    assert (outcome.status, "REPORT_BY" in outcome.err) == (2, True)

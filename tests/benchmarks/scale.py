@@ -3,13 +3,15 @@
     .venv/bin/python tests/benchmarks/scale.py [images ...]
 
 Uses hard links of few small images (64 pixels) and stops the trainer where its first epoch would begin. Without
-numbers: 10,000, 50,000 and 200,000 images, half an hour on two cores, 3 GB of disk for the cache.
+numbers: 10,000, 50,000 and 200,000 images, about 20 minutes on two cores, 3 GB of disk for the cache. Then compares one
+process of two threads with two processes of one thread under torchrun.
 """
 
 from __future__ import annotations
 
 import csv
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -97,6 +99,25 @@ def measure(folder: Path, count: int) -> list[float]:
     return [images - device, read - images, start - read, memory, cache, judged, written, judging_memory]
 
 
+def compare_processes(folder: Path, rounds: int = 3) -> None:
+    """Print how much longer an epoch takes two processes of one thread each than one of two threads, in turn."""
+    make_links(folder, 480)
+    common = {"IMAGE_SIZE": 128, "PRETRAINED": None, "HOLDOUT_CSVS": [], "EPOCHS": 4, "TIME_CROP": 1.0}
+    script = copy_script(folder, TRAINER, **common)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ratios = []
+    for _ in range(rounds):
+        seconds = []
+        for command, threads in (([sys.executable], "2"), (launch, "1")):
+            environment = {**os.environ, "OMP_NUM_THREADS": threads}
+            done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, check=True)
+            epochs = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("epoch")]
+            seconds.append(statistics.median(epochs[1:]))
+        ratios.append(seconds[1] / seconds[0])
+    text = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"\nAn epoch of two processes with one thread each, against one process with two threads: {text}")
+
+
 def main() -> None:
     """Measure all sizes and print the table."""
     counts = [int(argument) for argument in sys.argv[1:]] or COUNTS
@@ -112,6 +133,8 @@ def main() -> None:
     if len(counts) > 1:
         slopes = [(last - first) / (counts[-1] - counts[0]) * 1e6 for first, last in zip(results[0], results[-1])]
         print("| slope for each million | " + " | ".join(f"{slope:,.0f}" for slope in slopes) + " |")
+    with tempfile.TemporaryDirectory() as folder:
+        compare_processes(Path(folder))
 
 
 if __name__ == "__main__":
