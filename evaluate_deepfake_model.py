@@ -88,6 +88,9 @@ OUTPUTS = (  # <name>_<output> beside <name>.csv
 )
 FORMAT_SAMPLE = 200  # images of a CSV that the format check looks at
 UNLIKE_SHARE = 0.2  # of them may look unlike the training images before it warns
+UNLIKE_SHIFT = (
+    4  # Mahalanobis distance of their mean; the demo test set has 1, upside down 6, its single sources up to 3
+)
 BAND_FEATURES = ("brightness", "deviation over time", "change from row to row", "change from column to column")
 BARE_FACTS = {  # stand in where a file holds weights only
     "classes": list(CLASSES),
@@ -1047,8 +1050,9 @@ def check_format(paths: list[str], facts: dict) -> Optional[dict]:
     """Check, on a sample of readable images, whether they look as the training images did.
 
     Returns:
-        The share that lies further from the training images than 99 % of the validation images do, what differs most,
-        in standard deviations, and a warning or ""; None where the checkpoint does not say what they looked like.
+        The share that lies further from the training images than 99 % of the validation images do, how far their mean
+        does, what differs most, in standard deviations, and a warning or ""; None where the checkpoint does not say
+        what the training images looked like.
     """
     look = facts.get("appearance")
     if look is None:
@@ -1056,21 +1060,30 @@ def check_format(paths: list[str], facts: dict) -> Optional[dict]:
     chosen = [paths[index] for index in np.linspace(0, len(paths) - 1, min(FORMAT_SAMPLE, len(paths))).astype(int)]
     seen = torch.cat([describe_images(read_image(path, facts["image_size"])[None], look["colours"]) for path in chosen])
     off = seen.double() - look["mean"]
-    distances = torch.einsum("ni,ij,nj->n", off, look["precision"], off).sqrt()
-    share = (distances > look["limit"]).double().mean().item()
-    shifts = (off.mean(0) / look["deviation"]).tolist()
+    squares = torch.einsum("ni,ij,nj->n", off, look["precision"], off)
+    share = (squares.sqrt() > look["limit"]).double().mean().item()
+    mean = off.mean(0)  # far off even where no single image is, as when all are upside down; chance's part taken off
+    shift = (mean @ look["precision"] @ mean - squares.mean() / len(off)).clamp(0).sqrt().item()
+    shifts = (mean / look["deviation"]).tolist()
     bands = [f"{what} in eighth {band} from the top" for what in BAND_FEATURES for band in range(1, 9)]
     largest = sorted(
         zip([*bands, "distance from the training images' colours"], shifts), key=lambda pair: -abs(pair[1])
     )
     warning = ""
-    if share > UNLIKE_SHARE:
+    if share > UNLIKE_SHARE or shift > UNLIKE_SHIFT:
         telling = "; ".join(f"{name} {shift:+.1f}" for name, shift in largest[:3])
         warning = (
-            f"{share:.0%} of the images look unlike the training images (validation: 1%): were they made otherwise? "
-            f"Most different, in standard deviations: {telling}"
+            f"{share:.0%} of the images look unlike the training images (validation: 1%), and their mean lies "
+            f"{shift:.1f} from theirs (usual: below {UNLIKE_SHIFT}): were they made otherwise? Most different, in "
+            f"standard deviations: {telling}"
         )
-    return {"images": len(chosen), "share_unlike": share, "largest_shifts": dict(largest[:3]), "warning": warning}
+    return {
+        "images": len(chosen),
+        "share_unlike": share,
+        "shift": shift,
+        "largest_shifts": dict(largest[:3]),
+        "warning": warning,
+    }
 
 
 def format_rate(value: Optional[float], interval: Optional[list[float]] = None) -> str:
