@@ -1421,6 +1421,18 @@ def describe_run(train: Subset, val: Subset, chosen: dict[str, int], settings: d
     }
 
 
+def share_gradients(model: nn.Module, compute: Compute, team: Team) -> nn.Module:
+    """Wrap a network so that each rank's gradients become the mean of all; a single process needs nothing."""
+    if team.size == 1:
+        return model
+    on_gpu = compute.device.type == "cuda"
+    if on_gpu:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, but for a model that is a batch norm itself
+    kept = "statistics of all" if on_gpu else "each its own statistics, those of rank 0 are kept"
+    print(f"{team.size} processes; batch normalisation: {kept}")
+    return nn.parallel.DistributedDataParallel(model, device_ids=[compute.device.index] if on_gpu else None)
+
+
 def fit(
     model: nn.Module,
     loaders: tuple[DataLoader, DataLoader],
@@ -1443,16 +1455,6 @@ def fit(
         The best epoch's row of the history.
     """
     train_loader, val_loader = loaders
-    trained = model
-    if team.size > 1:
-        on_gpu = compute.device.type == "cuda"
-        if on_gpu:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        print(
-            f"{team.size} processes; batch normalisation: "
-            + ("statistics of all" if on_gpu else "each its own statistics, those of rank 0 are kept")
-        )
-        trained = nn.parallel.DistributedDataParallel(model, device_ids=[compute.device.index] if on_gpu else None)
     settings = facts["settings"]
     best_path, final_path = here / settings["BEST_MODEL_PATH"], here / settings["FINAL_MODEL_PATH"]
     history_path, curves_path, state_path = map(
@@ -1471,7 +1473,7 @@ def fit(
                 part.load_state_dict(state[name])
         if state["precision"] != str(compute.dtype):
             print(f"Warning: the run began in {state['precision']}, and goes on in {compute.dtype}")
-    micro = MicroBatches()
+    trained, micro = share_gradients(model, compute, team), MicroBatches()
     while len(history) < settings["EPOCHS"]:
         best = min(history, key=lambda row: row["val_loss"], default=None)  # the first of equals
         if best and len(history) - best["epoch"] >= settings["PATIENCE"]:
