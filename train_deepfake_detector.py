@@ -1430,7 +1430,12 @@ def share_gradients(model: nn.Module, compute: Compute, team: Team) -> nn.Module
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, but for a model that is a batch norm itself
     kept = "statistics of all" if on_gpu else "each its own statistics, those of rank 0 are kept"
     print(f"{team.size} processes; batch normalisation: {kept}")
-    return nn.parallel.DistributedDataParallel(model, device_ids=[compute.device.index] if on_gpu else None)
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[compute.device.index] if on_gpu else None,
+        broadcast_buffers=False,  # `fit` does so once an epoch
+        gradient_as_bucket_view=True,
+    )
 
 
 def fit(
