@@ -100,6 +100,8 @@ ALIKE = [
     "choose_compute",
     "keep_freed_memory",
     "has_bfloat16_instructions",
+    "Team",
+    "join_team",
     "load_content",
     "remove_leftovers",
     "is_running",
