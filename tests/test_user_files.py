@@ -199,3 +199,14 @@ def test_names_with_dollars_and_of_other_encodings_pass(judged):
 def test_wrong_report_by_is_refused(judged, value):
     outcome = run(judged, EVALUATOR, WORKERS=0, REPORT_BY=value)
     assert (outcome.status, "REPORT_BY" in outcome.err) == (2, True)
+
+
+def test_evaluator_out_of_memory_says_what_to_do_and_leaves_the_csv(judged, monkeypatch):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(resnet.ResNet, "forward", run_out)
+    before = (judged / "test_data/test.csv").read_bytes()
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert (outcome.status, outcome.err) == (2, "error: out of memory: halve BATCH_SIZE (now 32)\n")
+    assert (judged / "test_data/test.csv").read_bytes() == before
