@@ -539,6 +539,12 @@ def count_workers(setting: Optional[int], sharing: int = 1) -> int:
     return min(max(1, cores // sharing), 8) if setting is None else setting
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error means that the memory ran out; on a CPU torch raises it as a RuntimeError."""
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 @torch.inference_mode()
 def score_images(paths: list[str], model: nn.Module, facts: dict, compute: Compute, team: Team) -> Judged:
     """Judge each image once, the ranks of a team each their part. Returns all results on all ranks.
@@ -1364,8 +1370,6 @@ def run_script() -> int:
         return main()
     except (ValueError, OSError) as error:  # one out of a worker process brings its traceback along
         print(f"error: {(str(error).strip() or type(error).__name__).splitlines()[-1]}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print(f"error: out of memory: halve BATCH_SIZE (now {BATCH_SIZE})", file=sys.stderr)
     except KeyboardInterrupt as interrupt:
         name, status = ("SIGTERM", 143) if interrupt.args else ("Ctrl-C", 130)
         if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one is enough to say so
@@ -1373,8 +1377,11 @@ def run_script() -> int:
                 f"stopped by {name}; CSVs not yet written are as they were; run it again to judge them", file=sys.stderr
             )
         return status
-    except Exception:  # a fault of this script: the whole story, and not the status of a finished run
-        traceback.print_exc()
+    except Exception as error:
+        if is_out_of_memory(error):
+            print(f"error: out of memory: halve BATCH_SIZE (now {BATCH_SIZE})", file=sys.stderr)
+        else:  # a fault of this script: the whole story, and not the status of a finished run
+            traceback.print_exc()
     return 2
 
 

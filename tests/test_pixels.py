@@ -100,6 +100,7 @@ ALIKE = [
     "choose_compute",
     "keep_freed_memory",
     "has_bfloat16_instructions",
+    "is_out_of_memory",
     "Team",
     "join_team",
     "load_content",

@@ -201,9 +201,16 @@ def test_wrong_report_by_is_refused(judged, value):
     assert (outcome.status, "REPORT_BY" in outcome.err) == (2, True)
 
 
-def test_evaluator_out_of_memory_says_what_to_do_and_leaves_the_csv(judged, monkeypatch):
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_evaluator_out_of_memory_says_what_to_do_and_leaves_the_csv(judged, error, monkeypatch):
     def run_out(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(resnet.ResNet, "forward", run_out)
     before = (judged / "test_data/test.csv").read_bytes()
