@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -178,12 +179,21 @@ def test_leftovers_of_killed_runs_are_removed_and_others_kept(project):
 )
 def test_signals_end_with_a_line_that_says_how_to_go_on(project, number, status, name):
     target = copy_script(project, TRAINER, **{**QUICK, "EPOCHS": 1000, "PATIENCE": 1000})
-    running = subprocess.Popen([sys.executable, str(target)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(3):
-        while not running.stdout.readline().startswith("epoch"):
-            pass
-    running.send_signal(number)
-    _, err = running.communicate(timeout=60)
+    running = subprocess.Popen(
+        [sys.executable, str(target)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
+    try:
+        for _ in range(3):
+            while not running.stdout.readline().startswith("epoch"):
+                assert running.poll() is None
+        running.send_signal(number)
+        _, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == status
     assert err == f"stopped by {name}; run it again, and it goes on after the last finished epoch\n"
     assert torch.load(project / MODELS / "resume_state.pth", weights_only=True)["history"]
