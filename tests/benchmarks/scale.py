@@ -37,12 +37,12 @@ SOURCES = 500  # different images; the others are links to them
 
 def make_links(folder: Path, count: int) -> None:
     """Make folders of so many images for both classes together, and a CSV that lists them all."""
+    demo = {kind: sorted((ROOT / "data" / kind / "combined").glob("*.png")) for kind in ("deepfake", "original")}
+    (folder / "sources").mkdir(parents=True)
     for number in range(SOURCES):
-        kind = ("deepfake", "original")[number % 2]
-        demo = sorted((ROOT / "data" / kind / "combined").glob("*.png"))
-        with Image.open(demo[number // 2 % len(demo)]) as image:
+        images = demo[("deepfake", "original")[number % 2]]
+        with Image.open(images[number // 2 % len(images)]) as image:
             small = image.convert("RGB").resize((64, 64))
-        (folder / "sources").mkdir(parents=True, exist_ok=True)
         small.save(folder / "sources" / f"{number}.png")
     rows = [["img_path", "actual_output"]]
     for number in range(count):
