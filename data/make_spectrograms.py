@@ -55,6 +55,7 @@ SAMPLE_RATE = 16000  # Hz; recordings of any other rate are resampled
 WINDOW_S = 0.064  # s, length of one Hann window
 HOP_S = 0.008  # s, from one window to the next
 FREQUENCY_RANGE_HZ = (60, 7600)  # Hz, bottom and top row; (60, 3500) for telephone band
+FREQUENCY_SCALE = "mel"  # "mel" gives low frequencies more rows, where the harmonics tell most; or "linear"
 DB_RANGE = (-30, 40)  # dB, darkest and brightest level, relative to each frequency's mean over time
 SECONDS_PER_IMAGE = 1.792  # s; with the hop above: 224 windows, one per pixel
 IMAGE_SIZE = 224  # pixels, width and height
@@ -216,6 +217,13 @@ def code_adpcm(samples: np.ndarray) -> np.ndarray:
     return np.array(decoded) / 32767
 
 
+def space_frequencies(low: float, high: float, count: int, scale: str) -> np.ndarray:
+    """Space frequencies evenly on a scale, "linear" or "mel" (O'Shaughnessy, 1987): Hz, float64, shape (count,)."""
+    if scale == "linear":
+        return np.linspace(low, high, count)
+    return 700 * np.expm1(np.linspace(np.log1p(low / 700), np.log1p(high / 700), count))
+
+
 # ---- Resynthesis. The same signature; what comes out is a fake of the same voice, words and channel.
 
 
@@ -227,7 +235,7 @@ def keep_mel_spectrogram(
     to_frames = partial(stft, fs=rate, nperseg=length, noverlap=3 * length // 4)
     to_samples = partial(istft, fs=rate, nperseg=length, noverlap=3 * length // 4)
     frequencies, _, frames = to_frames(samples)
-    edges = 700 * (10 ** (np.linspace(np.log10(1 + 40 / 700), np.log10(1 + rate / 2 / 700), bands + 2)) - 1)
+    edges = space_frequencies(40, rate / 2, bands + 2, "mel")
     rising = (frequencies - edges[:-2, None]) / np.diff(edges)[:-1, None]
     falling = (edges[2:, None] - frequencies) / np.diff(edges)[1:, None]
     filters = np.maximum(0, np.minimum(rising, falling))
@@ -383,8 +391,8 @@ def compute_levels(samples: np.ndarray, settings: dict) -> np.ndarray:
     power = np.abs(np.fft.rfft(frames * get_window("hann", window_length), fft_length)) ** 2
     level_db = 10 * np.log10(np.maximum(power, power.max() * 10 ** (-DYNAMIC_RANGE_DB / 10)))
 
-    low, high = settings["frequency_range_hz"]
-    rows_bin = np.linspace(low, high, settings["image_size"]) * fft_length / rate
+    rows_hz = space_frequencies(*settings["frequency_range_hz"], settings["image_size"], settings["frequency_scale"])
+    rows_bin = rows_hz * fft_length / rate
     below = np.minimum(rows_bin.astype(int), level_db.shape[1] - 2)
     share = rows_bin - below
     rows_db = level_db[:, below] * (1 - share) + level_db[:, below + 1] * share
@@ -534,6 +542,7 @@ def check_settings(settings: dict) -> None:
         "window_s": (lambda v: v * rate >= 8, "at least 8 samples long"),
         "hop_s": (lambda v: v * rate >= 1, "at least 1 sample long"),
         "frequency_range_hz": (lambda v: 0 <= v[0] < v[1] <= rate / 2, "(low, high), up to half the sample rate"),
+        "frequency_scale": (lambda v: v in ("mel", "linear"), "mel or linear"),
         "db_range": (lambda v: v[0] < v[1], "(darkest, brightest)"),
         "seconds_per_image": (lambda v: v >= settings["hop_s"], "at least HOP_S"),
         "image_size": (lambda v: v >= 8 and v == int(v), "a whole number of at least 8"),
@@ -584,6 +593,7 @@ def collect_settings() -> dict:
         "window_s": WINDOW_S,
         "hop_s": HOP_S,
         "frequency_range_hz": FREQUENCY_RANGE_HZ,
+        "frequency_scale": FREQUENCY_SCALE,
         "db_range": DB_RANGE,
         "seconds_per_image": SECONDS_PER_IMAGE,
         "image_size": IMAGE_SIZE,

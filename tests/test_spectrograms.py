@@ -1,6 +1,7 @@
 """The spectrogram maker: one format, a fixed scale in time, nothing mixed, nothing lost."""
 
 import json
+import math
 import sys
 
 import make_spectrograms as maker
@@ -15,6 +16,7 @@ SETTINGS = {
     "window_s": 0.064,
     "hop_s": 0.008,
     "frequency_range_hz": [60, 7600],
+    "frequency_scale": "mel",
     "db_range": [-30, 40],
     "seconds_per_image": 1.792,
     "image_size": 224,
@@ -49,10 +51,16 @@ def test_images_are_palette_pngs_that_carry_their_settings(tmp_path):
     assert stored == {"settings": SETTINGS, "parts": 1}
 
 
+def find_row(frequency, scale="mel"):
+    bottom, place, top = (2595 * math.log10(1 + hz / 700) if scale == "mel" else hz for hz in (60, frequency, 7600))
+    return 223 * (top - place) / (top - bottom)
+
+
+@pytest.mark.parametrize("scale", ["mel", "linear"])
 @pytest.mark.parametrize("frequency", [500, 2000, 6000])
-def test_tone_appears_in_its_row_and_at_its_time(frequency):
-    (part,) = maker.cut_parts(make_tone(frequency, 1.9), SETTINGS)
-    expected = 223 * (1 - (frequency - 60) / (7600 - 60))
+def test_tone_appears_in_its_row_and_at_its_time(frequency, scale):
+    (part,) = maker.cut_parts(make_tone(frequency, 1.9), {**SETTINGS, "frequency_scale": scale})
+    expected = find_row(frequency, scale)
     assert abs(part[:, :50].astype(int).sum(axis=1).argmax() - expected) <= 2
     on = part[int(round(expected))].astype(int)
     edge = np.abs(np.diff(on)).argmax()
@@ -103,7 +111,7 @@ def test_other_rates_and_stereo_are_converted(tmp_path):
     samples = maker.read_audio(tmp_path / "a.wav", 16000)
     assert len(samples) == pytest.approx(1.9 * 16000, abs=2)
     part = maker.cut_parts(samples, SETTINGS)[0]
-    assert abs(part[:, :50].astype(int).sum(axis=1).argmax() - 223 * (1 - 940 / 7540)) <= 2
+    assert abs(part[:, :50].astype(int).sum(axis=1).argmax() - find_row(1000)) <= 2
 
 
 def test_broken_files_are_named_and_passed(tmp_path):
@@ -191,7 +199,7 @@ def test_flac_is_read_like_wav(tmp_path):
         {"SAMPLE_RATE": 0, "GREY_LEVELS": 1},
         {"FREQUENCY_RANGE_HZ": (60, 9000)},
         {"DB_RANGE": (10, 10), "IMAGE_SIZE": 2},
-        {"WINDOW_S": "long"},
+        {"WINDOW_S": "long", "FREQUENCY_SCALE": "bark"},
     ],
 )
 def test_wrong_settings_are_named(tmp_path, constants):

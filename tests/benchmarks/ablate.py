@@ -16,6 +16,7 @@ import math
 import sys
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -49,18 +50,26 @@ SIMILAR = {"copy-griffinlim": "griffinlim", "copy-lpc": "lpc", "copy-world": "ha
 SEEDS = (0, 1)
 CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")
 FORMAT = {"frequency_range_hz": [60, 3500]}  # what differs from the maker's own settings
+LINEAR = {"frequency_scale": "linear"}
 BASE = {
     "format": {},
     "copies": CONDITIONS,
     "resyntheses": 0.5,
+    "known": (),
     "epochs": 12,
     "crop": 0.5,
     "augment": True,
     "rate": 1e-3,
 }
-RECIPES = {  # what differs from BASE; resyntheses: their share among the fakes
+RECIPES = {  # what differs from BASE; resyntheses: their share among the fakes; known: held-out generators of their kind
     "plain": {
-        "format": {"window_s": 0.064, "hop_s": 0.032, "seconds_per_image": 3.0, "frequency_range_hz": [0, 8000]},
+        "format": {
+            "window_s": 0.064,
+            "hop_s": 0.032,
+            "seconds_per_image": 3.0,
+            **LINEAR,
+            "frequency_range_hz": [0, 8000],
+        },
         "copies": ("clean",),
         "resyntheses": 0,
         "augment": "flips and rotation",
@@ -69,6 +78,8 @@ RECIPES = {  # what differs from BASE; resyntheses: their share among the fakes
         "clips": 1200,
     },
     "ours": {},
+    "ours, copies by known methods": {"known": tuple(SIMILAR)},
+    "linear frequencies": {"format": LINEAR},
     "without copies": {"copies": ("clean",)},
     "without resyntheses": {"resyntheses": 0},
     "without augmentation": {"augment": False},
@@ -200,7 +211,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), recipe["rate"], weight_decay=0.05, fused=True)
     steps = recipe["epochs"] * (len(chosen) // 32)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(trainer.scale_rate, steps=steps))
-    similar = {SIMILAR.get(name) for name in held}
+    similar = {SIMILAR.get(name) for name in held if name not in recipe["known"]}
     kinds = [number for number, name in enumerate(maker.RESYNTHESES) if name not in similar]
     numpy_draw, draw = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     model.train()
@@ -283,14 +294,16 @@ def run_fold(recipe: dict, pictures: list, rows: list[dict], fold: int, seed: in
 
 
 def print_table(results: list[dict]) -> None:
-    """Print for each recipe and measure the mean over folds and seeds, and the spread over seeds."""
-    print("| recipe | measure | mean | lowest fold | highest fold | runs |\n|---|---|---|---|---|---|")
-    for recipe in dict.fromkeys(row["recipe"] for row in results):
-        mine = [row for row in results if row["recipe"] == recipe]
-        for measure in dict.fromkeys(row["measure"] for row in mine):
-            values = [float(row["value"]) for row in mine if row["measure"] == measure]
-            cells = [f"{number:.3f}" for number in (np.mean(values), min(values), max(values))]
-            print(f"| {recipe} | {measure} | {' | '.join(cells)} | {len(values)} |")
+    """Print each measure's mean over folds and seeds for each recipe, and the lowest and highest run in brackets."""
+    values = defaultdict(list)
+    for row in results:
+        values[row["measure"], row["recipe"]].append(float(row["value"]))
+    recipes = list(dict.fromkeys(row["recipe"] for row in results))
+    print(f"| measure | {' | '.join(recipes)} |\n|---|{'---|' * len(recipes)}")
+    for measure in dict.fromkeys(row["measure"] for row in results):
+        runs = [values[measure, recipe] for recipe in recipes]
+        cells = [f"{np.mean(run):.3f} ({min(run):.3f} to {max(run):.3f})" if run else "" for run in runs]
+        print(f"| {measure} | {' | '.join(cells)} |")
 
 
 def main() -> None:
