@@ -61,7 +61,7 @@ BASE = {
     "augment": True,
     "rate": 1e-3,
 }
-RECIPES = {  # what differs from BASE; resyntheses: their share among the fakes; known: held-out generators of their kind
+RECIPES = {  # what differs from BASE; resyntheses: share of the fakes; known: held-out generators that they may imitate
     "plain": {
         "format": {
             "window_s": 0.064,
