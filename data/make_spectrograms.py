@@ -27,7 +27,7 @@ import sys
 import warnings
 import zlib
 from collections import defaultdict
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -278,8 +278,8 @@ def keep_prediction(
     for number in range(-(-len(samples) // hop)):
         part = slice(number * hop, (number + 1) * hop)
         frame = padded[number * hop : number * hop + length] * window
-        lags = np.correlate(frame, frame, "full")[length - 1 : length + order] + 1e-9
-        lags[0] *= 1.0001
+        lags = np.correlate(frame, frame, "full")[length - 1 : length + order]
+        lags[0] = lags[0] * 1.0001 + 1e-9
         prediction = solve_toeplitz(lags[:-1], lags[1:])
         loudness = 0.5 * loudness + 0.5 * np.sqrt(max(lags[0] - prediction @ lags[1:], 0) / np.sum(window**2))
         share = breath if periodic[number] > voiced_from else 1
@@ -318,6 +318,12 @@ def keep_envelope(
     ), f"harmonics up to {border:.0f} Hz plus noise, {smoothness} cepstral values"
 
 
+def find_background(samples: np.ndarray, rate: int) -> float:
+    """Find the level of a recording's quietest twentieth relative to all of it, at most 0.03: not all have pauses."""
+    frames = np.resize(samples, (-(-len(samples) // (rate // 50)), rate // 50))
+    return min(float(np.quantile(frames.std(axis=1), 0.05) / max(samples.std(), 1e-9)), 0.03)
+
+
 RESYNTHESES = {"griffinlim": keep_mel_spectrogram, "lpc": keep_prediction, "harmonic": keep_envelope}
 LAUNDERING = {
     "noise": add_noise,
@@ -350,10 +356,11 @@ def launder(
             length = len(samples)
             if name in RESYNTHESES:  # their windows are longer than the shortest recordings
                 samples = np.resize(samples, max(length, 2048))
+            background = find_background(samples, settings["sample_rate"])
             samples, done = LAUNDERING[name](samples, settings["sample_rate"], draw, settings, others)
             samples = samples[:length]
-            if name in RESYNTHESES:  # which lose the background; a recording always has one
-                samples = samples + samples.std() * 10 ** (-draw.uniform(38, 50) / 20) * draw.normal(size=len(samples))
+            if name in RESYNTHESES:  # which lose the background: its level must not tell the class
+                samples = samples / max(samples.std(), 1e-9) + background * draw.normal(size=len(samples))
             samples = samples / np.abs(samples).max()
             words.append(done)
     return samples, "; ".join(words)
@@ -366,7 +373,7 @@ def fill_up(samples: np.ndarray, length: int) -> np.ndarray:
     """Repeat a short recording from a place of its own until it is `length` samples long.
 
     Silence or a constant would show how long the recording was, and so would a seam that stands at
-    the same place in every picture: the starting point is drawn from the samples themselves.
+    the same place in every picture: the starting point is drawn from the number of samples.
     """
     if len(samples) >= length:
         return samples
@@ -389,20 +396,20 @@ def compute_levels(samples: np.ndarray, settings: dict) -> np.ndarray:
     fft_length = 2 ** int(np.ceil(np.log2(2 * window_length)))
     frames = np.lib.stride_tricks.sliding_window_view(samples, window_length)[::hop]
     power = np.abs(np.fft.rfft(frames * get_window("hann", window_length), fft_length)) ** 2
-    level_db = 10 * np.log10(np.maximum(power, power.max() * 10 ** (-DYNAMIC_RANGE_DB / 10)))
 
     rows_hz = space_frequencies(*settings["frequency_range_hz"], settings["image_size"], settings["frequency_scale"])
     rows_bin = rows_hz * fft_length / rate
-    below = np.minimum(rows_bin.astype(int), level_db.shape[1] - 2)
-    share = rows_bin - below
-    rows_db = level_db[:, below] * (1 - share) + level_db[:, below + 1] * share
-    return (rows_db - rows_db.mean(axis=0)).T
+    reach = np.maximum(np.gradient(rows_bin), 1)  # a triangle up to the next rows, or else between two bins
+    weights = np.maximum(0, 1 - np.abs(np.arange(power.shape[1])[:, None] - rows_bin) / reach)
+    power = power @ (weights / weights.sum(axis=0))
+    level_db = 10 * np.log10(np.maximum(power, power.max() * 10 ** (-DYNAMIC_RANGE_DB / 10)))
+    return (level_db - level_db.mean(axis=0)).T
 
 
 def cut_parts(samples: np.ndarray, settings: dict) -> list[np.ndarray]:
     """Cut a recording's spectrogram into pictures of equal duration, spread evenly from start to end.
 
-    Neighbours overlap where the length is no multiple: nothing is filled up, nothing is left out.
+    Neighbours overlap where the length is no multiple, but a rest under a quarter of a picture is left out.
 
     Returns:
         uint8 arrays, shape (IMAGE_SIZE, IMAGE_SIZE), values below GREY_LEVELS, highest frequency on top.
@@ -499,30 +506,40 @@ def choose_settings(settings: dict, condition: str) -> dict:
     return {key: value for key, value in settings.items() if condition != "clean" or key not in LAUNDERING_SETTINGS}
 
 
+def checksum_file(path: Path) -> int:
+    """Compute the CRC-32 of a file's content."""
+    return zlib.crc32(path.read_bytes())
+
+
 def find_finished(folder: Path, images: dict[str, tuple[Path, str]], settings: dict) -> set[str]:
-    """Find the stems whose images are all there, made with these settings.
+    """Find the stems whose images are all there, made with these settings from these recordings.
 
     Raises:
-        ValueError: an image that would be replaced was made with other settings, or not by this script.
+        ValueError: an image in the folder was made with other settings; or one of the same name from another
+            recording, or not by this script.
     """
-    found = defaultdict(list)
+    found, take_checksum = defaultdict(list), lru_cache(checksum_file)
     for path in folder.glob("*.png"):
         stem = path.stem if path.stem in images else path.stem.rpartition("_")[0]
-        if stem not in images:
-            continue
         try:
             with Image.open(path) as image:
                 stored = json.loads(image.text[TEXT_KEY])
             stored["settings"], stored["parts"]
         except (OSError, KeyError, ValueError, TypeError, AttributeError, UnidentifiedImageError):
-            raise ValueError(f"{path} is there, but not from this script: move it away") from None
-        for key, value in choose_settings(settings, images[stem][1]).items():
+            if stem in images:
+                raise ValueError(f"{path} is there, but not from this script: move it away") from None
+            continue
+        condition = images[stem][1] if stem in images else "clean"
+        for key, value in choose_settings(settings, condition).items():
             if stored["settings"].get(key) != value:
                 raise ValueError(
                     f"{path} was made with {key.upper()} = {stored['settings'].get(key)}, now it is "
                     f"{value}: choose another OUTPUT_DIR, or move the old images away"
                 )
-        found[stem].append(stored["parts"])
+        if stem in images:
+            if stored.get("recording_crc32") != take_checksum(images[stem][0]):
+                raise ValueError(f"{path} was made from another {images[stem][0].name}: move the old images away")
+            found[stem].append(stored["parts"])
     return {stem for stem, parts in found.items() if len(parts) == parts[0]}
 
 
@@ -562,27 +579,33 @@ def check_settings(settings: dict) -> None:
 
 def make_images(
     images: dict[str, tuple[Path, str]], folder: Path, settings: dict, babble: list[Path]
-) -> tuple[int, list[str]]:
+) -> tuple[list[Path], list[str]]:
     """Make the images of every recording; go on past what cannot be read.
 
     Returns:
-        The number of files written, and a line for each recording or copy that was left out.
+        The files written, and a line for each recording or copy that was left out.
     """
-    written, failed = 0, []
+    written, failed, source, samples = [], [], None, None
     for stem, (path, condition) in tqdm(images.items(), "Making spectrograms", unit="copy", disable=None):
         try:
+            if path != source:  # the copies of a recording follow one another
+                source, samples = path, None
+                checksum, samples = checksum_file(path), read_audio(path, settings["sample_rate"])
+            if samples is None:
+                continue
+            if len(samples) < settings["window_s"] * settings["sample_rate"]:
+                raise ValueError("it is shorter than WINDOW_S")
             others = [other for other in babble if other.stem != path.stem]
-            samples = read_audio(path, settings["sample_rate"])
-            samples, words = launder(samples, condition, stem, settings, others)
-            parts = cut_parts(samples, settings)
+            laundered, words = launder(samples, condition, stem, settings, others)
+            parts = cut_parts(laundered, settings)
         except Exception as error:  # the decoders raise many kinds; every one is reported by name
-            failed.append(f"left out: {path} ({condition}): {str(error) or type(error).__name__}".splitlines()[0])
+            which = path if samples is None else f"{path} ({condition})"
+            failed.append(f"left out: {which}: {str(error) or type(error).__name__}".splitlines()[0])
             continue
-        notes = {"parts": len(parts), **({"laundering": words} if words else {})}
+        notes = {"parts": len(parts), "recording_crc32": checksum, **({"laundering": words} if words else {})}
         for number, part in enumerate(parts, 1):
-            name = f"{stem}_{number}.png" if len(parts) > 1 else f"{stem}.png"
-            write_file(folder / name, encode_png(part, choose_settings(settings, condition), notes))
-            written += 1
+            written.append(folder / (f"{stem}_{number}.png" if len(parts) > 1 else f"{stem}.png"))
+            write_file(written[-1], encode_png(part, choose_settings(settings, condition), notes))
     return written, failed
 
 
@@ -624,7 +647,7 @@ def main() -> int:
         print(line, file=sys.stderr)
     print(
         f"{len(paths)} recordings, {len(images)} copies of them: {len(finished)} had their images already, "
-        f"{len(todo) - len(failed)} made now ({written} images), {len(failed)} left out"
+        f"{len(written)} images made now, {len(failed)} recordings or copies left out"
     )
     print(f"Images in {folder}")
     return 1 if failed else 0

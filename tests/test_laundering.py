@@ -240,6 +240,17 @@ def test_resynthesis_keeps_the_sound_but_not_the_samples(kind, seed):
 
 
 @pytest.mark.parametrize("kind", maker.RESYNTHESES)
+def test_resynthesis_keeps_the_level_of_the_background(kind):
+    for floor_db in (-52, -38):
+        voice = make_vowel(seconds=3.0)
+        voice[16000:24000] = 0
+        voice = voice / voice.std() + 10 ** (floor_db / 20) * np.random.default_rng(1).normal(size=len(voice))
+        made, _ = maker.launder(voice / np.abs(voice).max(), kind, "stem", SETTINGS, [])
+        measured_db = 20 * np.log10(made[18000:22000].std() / made.std())
+        assert abs(measured_db - floor_db) < 6
+
+
+@pytest.mark.parametrize("kind", maker.RESYNTHESES)
 @pytest.mark.parametrize("length", [400, 1000, 5003])
 def test_resynthesis_takes_short_and_silent_recordings(kind, length):
     for voice in (make_vowel()[:length], np.r_[np.zeros(length - 1), 1.0], np.ones(length)):

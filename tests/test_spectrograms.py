@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import zlib
 
 import make_spectrograms as maker
 import numpy as np
@@ -39,6 +40,15 @@ def write_wav(path, samples, rate=16000, kind=np.int16):
     wavfile.write(path, rate, (samples / peak * scale + (128 if kind is np.uint8 else 0)).astype(kind))
 
 
+def test_tone_between_two_rows_is_seen_like_one_in_a_row():
+    rows = maker.space_frequencies(60, 7600, 224, "mel")
+    brightest = []
+    for frequency in (rows[210], (rows[210] + rows[211]) / 2):
+        (part,) = maker.cut_parts(make_tone(frequency, 1.9), SETTINGS)
+        brightest.append(part[:30].max())
+    assert brightest[1] >= brightest[0] - 7  # of 63 levels; 7 are 8 dB
+
+
 def test_images_are_palette_pngs_that_carry_their_settings(tmp_path):
     write_wav(tmp_path / "audio/deep/voice1.wav", make_tone(1000, 1.9))
     outcome = run(tmp_path, MAKER, **FOLDERS)
@@ -48,7 +58,8 @@ def test_images_are_palette_pngs_that_carry_their_settings(tmp_path):
     with Image.open(path) as image:
         assert (image.mode, image.size) == ("P", (224, 224))
         stored = json.loads(image.text["spectrogram"])
-    assert stored == {"settings": SETTINGS, "parts": 1}
+    checksum = zlib.crc32((tmp_path / "audio/deep/voice1.wav").read_bytes())
+    assert stored == {"settings": SETTINGS, "parts": 1, "recording_crc32": checksum}
 
 
 def find_row(frequency, scale="mel"):
@@ -136,16 +147,28 @@ def test_what_exists_with_the_same_settings_is_skipped_and_the_rest_made(tmp_pat
     (tmp_path / "images/b__clean_2.png").unlink()  # as an interrupted run would leave it
     outcome = run(tmp_path, MAKER, **FOLDERS)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
-    assert "1 had their images already, 1 made now" in outcome.out
+    assert "1 had their images already, 2 images made now, 0 recordings or copies left out" in outcome.out
     assert {name for name in after if after[name] == before[name]} == {"a__clean_1.png", "a__clean_2.png"}
     assert set(after) == set(before)
 
 
-@pytest.mark.parametrize("other", ["settings", "foreign"])
-def test_images_of_another_format_are_never_mixed_in(tmp_path, other):
+@pytest.mark.parametrize(
+    "other, reason",
+    [
+        ("settings", "HOP_S = 0.004, now it is 0.008"),
+        ("settings of another recording", "HOP_S = 0.004, now it is 0.008"),
+        ("audio", "a__clean.png was made from another a.wav"),
+        ("foreign", "not from this script"),
+    ],
+)
+def test_images_of_another_format_are_never_mixed_in(tmp_path, other, reason):
     write_wav(tmp_path / "audio/a.wav", make_tone(1000, 1.9))
-    if other == "settings":
-        run(tmp_path, MAKER, **FOLDERS, HOP_S=0.004)
+    if other != "foreign":
+        run(tmp_path, MAKER, **FOLDERS, HOP_S=0.008 if other == "audio" else 0.004)
+        if other == "settings of another recording":
+            (tmp_path / "audio/a.wav").rename(tmp_path / "audio/b.wav")
+        if other == "audio":
+            write_wav(tmp_path / "audio/a.wav", make_tone(2000, 1.9))
     else:
         (tmp_path / "images").mkdir()
         Image.new("L", (224, 224)).save(tmp_path / "images/a__clean.png")
@@ -153,7 +176,7 @@ def test_images_of_another_format_are_never_mixed_in(tmp_path, other):
     outcome = run(tmp_path, MAKER, **FOLDERS)
     assert outcome.status == 2
     assert len(outcome.err.splitlines()) == 1
-    assert ("HOP_S = 0.004, now it is 0.008" if other == "settings" else "not from this script") in outcome.err
+    assert reason in outcome.err
     assert {path: path.read_bytes() for path in (tmp_path / "images").iterdir()} == before
 
 
