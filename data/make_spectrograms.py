@@ -36,7 +36,7 @@ from matplotlib import colormaps
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from scipy.io import wavfile
 from scipy.linalg import solve_toeplitz
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import map_coordinates, uniform_filter1d
 from scipy.signal import butter, fftconvolve, get_window, istft, lfilter, medfilt, resample_poly, sosfiltfilt, stft
 from tqdm import tqdm
 
@@ -313,15 +313,10 @@ def keep_envelope(
     quiet = (frequencies[:, None] < border) & (np.interp(times * rate, time, voiced) > 0.5)
     noise *= envelope / np.abs(noise).mean() * np.where(quiet, breath, 1)
     hiss = istft(noise, fs=rate, nperseg=length, noverlap=length - hop)[1]
-    return made + np.resize(
-        hiss, len(samples)
-    ), f"harmonics up to {border:.0f} Hz plus noise, {smoothness} cepstral values"
-
-
-def find_background(samples: np.ndarray, rate: int) -> float:
-    """Find the level of a recording's quietest twentieth relative to all of it, at most 0.03: not all have pauses."""
-    frames = np.resize(samples, (-(-len(samples) // (rate // 50)), rate // 50))
-    return min(float(np.quantile(frames.std(axis=1), 0.05) / max(samples.std(), 1e-9)), 0.03)
+    made += np.resize(hiss, len(samples))
+    loudness, now = (uniform_filter1d(values**2, rate // 50) for values in (samples, made))
+    made *= np.sqrt(np.maximum(loudness, 0) / np.maximum(now, 1e-12))
+    return made, f"harmonics up to {border:.0f} Hz plus noise, {smoothness} cepstral values"
 
 
 RESYNTHESES = {"griffinlim": keep_mel_spectrogram, "lpc": keep_prediction, "harmonic": keep_envelope}
@@ -356,11 +351,8 @@ def launder(
             length = len(samples)
             if name in RESYNTHESES:  # their windows are longer than the shortest recordings
                 samples = np.resize(samples, max(length, 2048))
-            background = find_background(samples, settings["sample_rate"])
             samples, done = LAUNDERING[name](samples, settings["sample_rate"], draw, settings, others)
             samples = samples[:length]
-            if name in RESYNTHESES:  # which lose the background: its level must not tell the class
-                samples = samples / max(samples.std(), 1e-9) + background * draw.normal(size=len(samples))
             samples = samples / np.abs(samples).max()
             words.append(done)
     return samples, "; ".join(words)
