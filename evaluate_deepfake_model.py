@@ -958,26 +958,25 @@ def draw_mistakes(path: Path, table: pandas.DataFrame, model: nn.Module, facts: 
 
 
 def choose_rows(job: Job, judged: Judged, facts: dict) -> pandas.DataFrame:
-    """Choose the rows with a label and a score, as a table: what is measured is measured on it.
+    """Choose the rows with a score, as a table: what is measured is measured on those with a label.
 
     Returns:
-        Columns path, recording, label, is_fake, llr, margin, and those of REPORT_BY that the CSV has.
+        Columns path, recording, label ("": none), is_fake, llr, margin, and those of REPORT_BY that the CSV has.
     """
     import pandas
 
     header, pattern = job.rows[0], facts["recording_pattern"]
     columns = {name: header.index(name) for name in REPORT_BY if name in header}
     table = []
-    for number, label in (job.labels or {}).items():
-        path = job.images[number]
+    for number, path in job.images.items():
         if path in judged.llr:
             row = job.rows[number - 1]
             cells = {name: row[column] if column < len(row) else "" for name, column in columns.items()}
-            scores = {"llr": judged.llr[path], "margin": judged.margins[path]}
-            table.append({**cells, "path": path, "recording": name_recording(path, pattern), "label": label, **scores})
-    table = pandas.DataFrame(table)
-    if len(table):
-        table["is_fake"] = table["label"] == "Deepfake"
+            label = (job.labels or {}).get(number, "")
+            about = {"path": path, "recording": name_recording(path, pattern), "label": label}
+            table.append({**cells, **about, "llr": judged.llr[path], "margin": judged.margins[path]})
+    table = pandas.DataFrame(table, columns=[*columns, "path", "recording", "label", "llr", "margin"])
+    table["is_fake"] = table["label"] == "Deepfake"
     return table
 
 
@@ -1124,7 +1123,8 @@ def write_verdict(name: str, entry: dict) -> list[str]:
     interval = entry["intervals_95"].get("eer")
     if interval and interval[1] - interval[0] > 0.05:
         doubts.append(
-            f"with so few recordings the true error may lie anywhere from {interval[0]:.1%} to {interval[1]:.1%}"
+            f"recordings are few: drawn anew, they would give an error from {interval[0]:.1%} to {interval[1]:.1%} "
+            "in 95 of 100 draws"
         )
     if entry["eer"] is not None and entry["half_total_error"] - entry["eer"] > 0.05:
         doubts.append("the threshold fits validation better than this set")
@@ -1190,16 +1190,14 @@ def format_report(name: str, entry: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_tables(
-    stem: Path, job: Job, table: pandas.DataFrame, llr: dict[str, float], merged: pandas.DataFrame
-) -> None:
-    """Write the score file and the key in ASVspoof 5's form, and the verdicts by recording."""
+def write_tables(stem: Path, job: Job, table: pandas.DataFrame, llr: dict[str, float]) -> None:
+    """Write the score file and the key in ASVspoof 5's form, and the verdicts by recording, with labels or without."""
     column = job.rows[0].index("img_path")
     names = {}  # path -> its first spelling
     for number, path in job.images.items():
         if path in llr:
             names.setdefault(path, job.rows[number - 1][column])
-    truth = dict(zip(table["path"], table["is_fake"])) if len(table) else {}
+    truth = {path: label == "Deepfake" for path, label in zip(table["path"], table["label"]) if label}
     scores = [["filename", "cm-score"]] + [[name, repr(llr[path])] for path, name in names.items()]
     key = [["filename", "cm-label"]]
     key += [[name, "spoof" if truth[path] else "bonafide"] for path, name in names.items() if path in truth]
@@ -1208,6 +1206,7 @@ def write_tables(
             buffer = io.StringIO(newline="")
             csv.writer(buffer, delimiter="\t", lineterminator="\n").writerows(rows)
             write_file(stem.with_name(f"{stem.name}_{what}.tsv"), buffer.getvalue().encode())
+    merged = merge_recordings(table)
     if len(merged) < len(table):
         merged = merged.drop(columns="is_fake").rename(
             columns={"label": "actual_output", "verdict": "predicted_output"}
@@ -1219,14 +1218,15 @@ def report(job: Job, judged: Judged, model: nn.Module, facts: dict) -> Optional[
     """Write all that belongs to one CSV. Returns its entry for the summary, None where nothing can be measured."""
     from sklearn.metrics import classification_report, confusion_matrix
 
-    table = choose_rows(job, judged, facts)
+    rows = choose_rows(job, judged, facts)
+    table = rows[rows["label"] != ""]
     stem = job.path.with_suffix("")
+    write_tables(stem, job, rows, judged.llr)
     readable = [path for path in dict.fromkeys(job.images.values()) if path in judged.llr]
     look = check_format(readable, facts) if readable else None
     if look and look["warning"]:
         print(f"WARNING: {job.path.name}: {look['warning']}")
     if not len(table):
-        write_tables(stem, job, table, judged.llr, table)
         why = "it has no column actual_output" if job.labels is None else "no row has both a label and a verdict"
         print(f"{job.path.name}: no report, since {why}")
         return None
@@ -1253,7 +1253,6 @@ def report(job: Job, judged: Judged, model: nn.Module, facts: dict) -> Optional[
     text = format_report(job.path.name, entry)
     del entry["classification_report_text"]
     write_file(stem.with_name(stem.name + "_report.txt"), text.encode())
-    write_tables(stem, job, table, judged.llr, merged)
     draw_confusion(stem.with_name(stem.name + ".png"), counts)
     draw_mistakes(stem.with_name(stem.name + "_mistakes.png"), table, model, facts)
     if entry["eer"] is not None:

@@ -178,6 +178,17 @@ def test_recordings_are_judged_by_the_mean_of_their_parts(judged):
     assert recordings[3]["predicted_output"] == ("Original" if np.mean(parts) > 0 else "Deepfake")
 
 
+def test_recordings_without_labels_are_judged_too(judged):
+    write_csv(
+        judged / "test_data/unknown.csv",
+        [["img_path"], *([f"original/combined/o0__clean_{part}.png"] for part in (1, 2))],
+    )
+    assert run(judged, EVALUATOR, CSV_FILES=["test_data/unknown.csv"]).status == 0
+    (recording,) = read_csv(judged / "test_data/unknown_recordings.csv")
+    assert (recording["recording"], recording["actual_output"], recording["parts"]) == ("o0", "", "2")
+    assert recording["predicted_output"] == ("Original" if float(recording["llr"]) > 0 else "Deepfake")
+
+
 def test_report_breaks_down_by_condition_worst_first(judged):
     rows = [["img_path", "actual_output", "source", "condition"]]
     for number in range(2, 12):
