@@ -14,7 +14,7 @@ image, and images made with other settings are never mixed with new ones. Every 
 the same time: long recordings become several images, short ones are repeated to fill one.
 `<recording>` is the audio file's name up to `__`; what follows that (another voice reading the same
 text, a copy) goes behind the condition: `<recording>__<condition>-<rest>.png`.
-About 100 clean recordings a second on one core.
+About 75 clean recordings a second on one core.
 """
 
 from __future__ import annotations
