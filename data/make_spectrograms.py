@@ -27,7 +27,7 @@ import sys
 import warnings
 import zlib
 from collections import defaultdict
-from functools import lru_cache, partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -373,6 +373,15 @@ def fill_up(samples: np.ndarray, length: int) -> np.ndarray:
     return np.resize(np.roll(samples, -start), length)
 
 
+@cache
+def weigh_bins(range_hz: tuple[float, float], rows: int, scale: str, fft_length: int, rate: int) -> np.ndarray:
+    """Weigh the bins of a spectrum for each row of a picture: float64, shape (fft_length // 2 + 1, rows)."""
+    rows_bin = space_frequencies(*range_hz, rows, scale) * fft_length / rate
+    reach = np.maximum(np.gradient(rows_bin), 1)  # a triangle up to the next rows, or else between two bins
+    weights = np.maximum(0, 1 - np.abs(np.arange(fft_length // 2 + 1)[:, None] - rows_bin) / reach)
+    return weights / weights.sum(axis=0)
+
+
 def compute_levels(samples: np.ndarray, settings: dict) -> np.ndarray:
     """Compute the levels of a recording's spectrogram, each frequency's mean over time removed.
 
@@ -388,12 +397,8 @@ def compute_levels(samples: np.ndarray, settings: dict) -> np.ndarray:
     fft_length = 2 ** int(np.ceil(np.log2(2 * window_length)))
     frames = np.lib.stride_tricks.sliding_window_view(samples, window_length)[::hop]
     power = np.abs(np.fft.rfft(frames * get_window("hann", window_length), fft_length)) ** 2
-
-    rows_hz = space_frequencies(*settings["frequency_range_hz"], settings["image_size"], settings["frequency_scale"])
-    rows_bin = rows_hz * fft_length / rate
-    reach = np.maximum(np.gradient(rows_bin), 1)  # a triangle up to the next rows, or else between two bins
-    weights = np.maximum(0, 1 - np.abs(np.arange(power.shape[1])[:, None] - rows_bin) / reach)
-    power = power @ (weights / weights.sum(axis=0))
+    range_hz, size, scale = tuple(settings["frequency_range_hz"]), settings["image_size"], settings["frequency_scale"]
+    power = power @ weigh_bins(range_hz, size, scale, fft_length, rate)
     level_db = 10 * np.log10(np.maximum(power, power.max() * 10 ** (-DYNAMIC_RANGE_DB / 10)))
     return (level_db - level_db.mean(axis=0)).T
 
@@ -510,7 +515,7 @@ def find_finished(folder: Path, images: dict[str, tuple[Path, str]], settings: d
         ValueError: an image in the folder was made with other settings; or one of the same name from another
             recording, or not by this script.
     """
-    found, take_checksum = defaultdict(list), lru_cache(checksum_file)
+    found, take_checksum = defaultdict(list), cache(checksum_file)
     for path in folder.glob("*.png"):
         stem = path.stem if path.stem in images else path.stem.rpartition("_")[0]
         try:
@@ -571,13 +576,13 @@ def check_settings(settings: dict) -> None:
 
 def make_images(
     images: dict[str, tuple[Path, str]], folder: Path, settings: dict, babble: list[Path]
-) -> tuple[list[Path], list[str]]:
+) -> tuple[int, list[str]]:
     """Make the images of every recording; go on past what cannot be read.
 
     Returns:
-        The files written, and a line for each recording or copy that was left out.
+        The number of files written, and a line for each recording or copy that was left out.
     """
-    written, failed, source, samples = [], [], None, None
+    written, failed, source, samples = 0, [], None, None
     for stem, (path, condition) in tqdm(images.items(), "Making spectrograms", unit="copy", disable=None):
         try:
             if path != source:  # the copies of a recording follow one another
@@ -596,8 +601,9 @@ def make_images(
             continue
         notes = {"parts": len(parts), "recording_crc32": checksum, **({"laundering": words} if words else {})}
         for number, part in enumerate(parts, 1):
-            written.append(folder / (f"{stem}_{number}.png" if len(parts) > 1 else f"{stem}.png"))
-            write_file(written[-1], encode_png(part, choose_settings(settings, condition), notes))
+            name = f"{stem}_{number}.png" if len(parts) > 1 else f"{stem}.png"
+            write_file(folder / name, encode_png(part, choose_settings(settings, condition), notes))
+            written += 1
     return written, failed
 
 
@@ -639,7 +645,7 @@ def main() -> int:
         print(line, file=sys.stderr)
     print(
         f"{len(paths)} recordings, {len(images)} copies of them: {len(finished)} had their images already, "
-        f"{len(written)} images made now, {len(failed)} recordings or copies left out"
+        f"{written} images made now, {len(failed)} recordings or copies left out"
     )
     print(f"Images in {folder}")
     return 1 if failed else 0
