@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.models.resnet import BasicBlock, ResNet
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
@@ -48,6 +50,7 @@ FOLDS = (  # generators and voices held out together, by the beginning of engine
 )
 SIMILAR = {"copy-griffinlim": "griffinlim", "copy-lpc": "lpc", "copy-world": "harmonic"}  # held out together
 SEEDS = (0, 1)
+SMALL = False  # True: half the channels and half the rows, a fifth of the time, to choose by; named "..., small"
 CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")
 FORMAT = {"frequency_range_hz": [60, 3500]}  # what differs from the maker's own settings
 LINEAR = {"frequency_scale": "linear"}
@@ -60,8 +63,19 @@ BASE = {
     "crop": 0.5,
     "augment": True,
     "rate": 1e-3,
+    "decay": 0.05,
+    "smoothing": 0.05,
+    "dropout": 0.0,
+    "mixup": 0.0,
+    "paired": False,
+    "average": False,
+    "start": None,
 }
-RECIPES = {  # what differs from BASE; resyntheses: share of the fakes; known: held-out generators that they may imitate
+START_EPOCHS = 4  # of the same number of epochs: a start costs no further time
+RECIPES = {
+    # What differs from BASE. resyntheses: share of the fakes; known: held-out generators that they may imitate; mixup:
+    # both parameters of its beta distribution; paired: resyntheses stand in a batch with their originals; average: of
+    # the weights over some 200 steps; start: another task for the first epochs
     "plain": {
         "format": {
             "window_s": 0.064,
@@ -84,6 +98,19 @@ RECIPES = {  # what differs from BASE; resyntheses: share of the fakes; known: h
     "without resyntheses": {"resyntheses": 0},
     "without augmentation": {"augment": False},
     "window of 32 ms": {"format": {"window_s": 0.032}},
+    "24 epochs": {"epochs": 24},
+    "decay of 0.3": {"decay": 0.3},
+    "without smoothing": {"smoothing": 0},
+    "dropout of 0.5": {"dropout": 0.5},
+    "mixup": {"mixup": 0.3},
+    "paired": {"paired": True},
+    "fakes are resyntheses only": {"resyntheses": 1},
+    "averaged weights": {"average": True},
+    "start: which laundering": {"start": "laundering"},
+    "start: forwards or backwards": {"start": "direction"},
+    "start: hidden patches": {"start": "patches"},
+    "start: original or resynthesis": {"start": "resyntheses"},
+    "start: half resolution": {"start": "small"},
 }
 # ------------------------------------------------------------------------------------------------
 MAGMA = torch.tensor(colormaps["magma"](np.linspace(0, 1, maker.GREY_LEVELS), bytes=True)[:, :3].copy())
@@ -134,6 +161,8 @@ def load_pictures(rows: list[dict], settings: dict, resyntheses: bool) -> list[l
 
 def paint(levels: np.ndarray) -> torch.Tensor:
     """Paint levels, uint8 (batch, height, width), with the colour map: float32 RGB (batch, 3, height, width)."""
+    if SMALL:
+        levels = levels.reshape(len(levels), -1, 2, levels.shape[2]).mean(2).round()
     return nn.functional.embedding(torch.from_numpy(levels).int(), MAGMA.float() / 255).permute(0, 3, 1, 2)
 
 
@@ -160,6 +189,17 @@ def choose_sides(rows: list[dict], generators: tuple, voices: tuple) -> tuple[li
 # ---- Training
 
 
+class NarrowResNet(ResNet):
+    """A ResNet-18 with half the channels in its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(BasicBlock, [2, 2, 2, 2])
+        self.fc = nn.Linear(256, 2)
+
+    def _make_layer(self, block: type, planes: int, *args, **options) -> nn.Sequential:
+        return super()._make_layer(block, planes // 2, *args, **options)
+
+
 def change_plainly(images: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     """Flip and rotate by up to 10 degrees, as tutorials do."""
     flip = torch.rand(len(images), 1, 1, 1, generator=draw) < 0.5
@@ -172,26 +212,56 @@ def change_plainly(images: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
 
 def draw_batches(
     recipe: dict, pictures: list, labels: np.ndarray, chosen: list[int], kinds: list[int], draw: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Draw the batches of an epoch: one part of one copy of each clip, and resyntheses in place of some fakes.
 
     Args:
         kinds: numbers of the resyntheses that may be used.
+
+    Returns:
+        Batches of levels, classes and numbers of copies.
     """
     which = [CONDITIONS.index(name) for name in recipe["copies"]]
     genuine = [clip for clip in chosen if labels[clip]]
     order = draw.permutation(chosen)
     for start in range(0, len(order) - 31, 32):
-        batch = []
+        batch, numbers = [], []
         for clip in order[start : start + 32]:
             copies = pictures[clip]
             copy = draw.choice(which)
             if not labels[clip] and draw.random() < recipe["resyntheses"]:
-                copies = pictures[draw.choice(genuine)]
+                beside = [other for other in order[start : start + 32] if labels[other]]
+                copies = pictures[draw.choice(beside if recipe["paired"] and beside else genuine)]
                 laundered = len(which) > 1 and draw.random() < 0.6
                 copy = len(CONDITIONS) + draw.choice(kinds) + laundered * len(maker.RESYNTHESES)
             batch.append(copies[copy][draw.integers(len(copies[copy]))])
-        yield np.stack(batch), labels[order[start : start + 32]]
+            numbers.append(copy)
+        yield np.stack(batch), labels[order[start : start + 32]], np.array(numbers)
+
+
+def compute_start_loss(
+    start: str, body: nn.Module, head: nn.Module, images: torch.Tensor, copies: torch.Tensor, draw: torch.Generator
+) -> torch.Tensor:
+    """Compute the loss of a task that needs no classes.
+
+    Args:
+        start: laundering (which one was applied?), direction (does time run backwards?) or patches (what is hidden?).
+        body: images to features; head: features to outputs, a convolution.
+    """
+    classes = copies
+    if start == "direction":
+        classes = (torch.rand(len(images), generator=draw) < 0.5).long()
+        images = torch.where(classes.bool().view(-1, 1, 1, 1), images.flip(3), images)
+    if start != "patches":
+        return nn.functional.cross_entropy(head(body(trainer.to_input(images))).mean((2, 3)).float(), classes)
+    cells = -(-images.shape[2] // 32), -(-images.shape[3] // 32)
+    hidden = (torch.rand(len(images), 1, *cells, generator=draw) < 0.4).float()
+    cover = nn.functional.interpolate(hidden, scale_factor=32)[:, :, : images.shape[2], : images.shape[3]]
+    brightness = trainer.to_brightness(images)[:, None]
+    coarse = nn.functional.interpolate(brightness, (8 * cells[0], 8 * cells[1]), mode="bilinear", antialias=True)
+    wanted = nn.functional.pixel_unshuffle(coarse, 8)
+    found = head(body(trainer.to_input(images * (1 - cover) + images.mean((2, 3), keepdim=True) * cover)))
+    return ((found.float() - wanted).square() * hidden).sum() / hidden.sum() / 64
 
 
 def train(
@@ -205,18 +275,31 @@ def train(
 ) -> nn.Module:
     """Train a network on one random part of each clip in each epoch; `held` names the generators held out."""
     torch.manual_seed(seed)
-    model = trainer.build_model(None, compute)
+    model = NarrowResNet().to(memory_format=torch.channels_last) if SMALL else trainer.build_model(None, compute)
+    body, features = nn.Sequential(*list(model.children())[:-2]), model.fc.in_features
+    outputs = {"laundering": len(CONDITIONS), "direction": 2, "patches": 64}.get(recipe["start"])
+    head = nn.Conv2d(features, outputs, 1) if outputs else nn.Identity()
+    model.fc = nn.Sequential(nn.Dropout(recipe["dropout"]), model.fc)
     weights = torch.tensor(1 / np.bincount(labels[chosen]), dtype=torch.float32)
-    loss_fn = nn.CrossEntropyLoss(weights / weights.mean(), label_smoothing=0.05)
-    optimizer = torch.optim.AdamW(model.parameters(), recipe["rate"], weight_decay=0.05, fused=True)
+    loss_fn = nn.CrossEntropyLoss(weights / weights.mean(), label_smoothing=recipe["smoothing"])
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, recipe["rate"], weight_decay=recipe["decay"], fused=True)
     steps = recipe["epochs"] * (len(chosen) // 32)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(trainer.scale_rate, steps=steps))
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=True)
     similar = {SIMILAR.get(name) for name in held if name not in recipe["known"]}
     kinds = [number for number, name in enumerate(maker.RESYNTHESES) if name not in similar]
     numpy_draw, draw = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     model.train()
-    for _ in range(recipe["epochs"]):
-        for levels, truth in draw_batches(recipe, pictures, labels, chosen, kinds, numpy_draw):
+    for epoch in range(recipe["epochs"]):
+        start = recipe["start"] if epoch < START_EPOCHS else None
+        share = {None: recipe["resyntheses"], "resyntheses": 1, "small": recipe["resyntheses"]}.get(start, 0)
+        drawn = draw_batches({**recipe, "resyntheses": share}, pictures, labels, chosen, kinds, numpy_draw)
+        for levels, truth, copies in drawn:
+            targets, mix, other = torch.from_numpy(truth), 1.0, torch.arange(len(truth)).flip(0)
+            if recipe["mixup"]:
+                mix = float(numpy_draw.beta(recipe["mixup"], recipe["mixup"]))
+                levels = (mix * levels + (1 - mix) * levels[::-1]).round()
             images = paint(levels)
             if recipe["augment"] == "flips and rotation":
                 images = change_plainly(images, draw)
@@ -226,13 +309,20 @@ def train(
                 width = round(recipe["crop"] * images.shape[3])
                 first = int(numpy_draw.integers(images.shape[3] - width + 1))
                 images = images[:, :, :, first : first + width]
+            if start == "small":
+                images = nn.functional.avg_pool2d(images, 2)
             with compute.autocast():
-                logits = model(trainer.to_input(images))
+                if outputs and start:
+                    loss = compute_start_loss(start, body, head, images, torch.from_numpy(copies), draw)
+                else:
+                    logits = model(trainer.to_input(images)).float()
+                    loss = mix * loss_fn(logits, targets) + (1 - mix) * loss_fn(logits, targets[other])
             optimizer.zero_grad()
-            loss_fn(logits.float(), torch.from_numpy(truth)).backward()
+            loss.backward()
             optimizer.step()
             schedule.step()
-    return model.eval()
+            averaged.update_parameters(model)
+    return (averaged if recipe["average"] else model).eval()
 
 
 @torch.inference_mode()
@@ -320,9 +410,9 @@ def main() -> None:
     for seed in SEEDS:
         for fold in range(len(FOLDS)):
             for name in sys.argv[1:] or RECIPES:
+                recipe, name = {**BASE, **RECIPES[name]}, name + ", small" * SMALL
                 if any((row["recipe"], row["fold"], row["seed"]) == (name, str(fold), str(seed)) for row in results):
                     continue
-                recipe = {**BASE, **RECIPES[name]}
                 settings = {**maker.collect_settings(), **FORMAT, **recipe["format"]}
                 pictures = load_pictures(rows, settings, recipe["resyntheses"] > 0)
                 measures = run_fold(recipe, pictures, rows, fold, seed, compute)
