@@ -88,9 +88,7 @@ OUTPUTS = (  # <name>_<output> beside <name>.csv
 )
 FORMAT_SAMPLE = 200  # images of a CSV that the format check looks at
 UNLIKE_SHARE = 0.2  # of them may look unlike the training images before it warns
-UNLIKE_SHIFT = (
-    4  # Mahalanobis distance of their mean; the demo test set has 1, upside down 6, its single sources up to 3
-)
+UNLIKE_SHIFT = 4  # Mahalanobis distance of their mean; the demo test set has 1, upside down 6, single sources up to 3
 BAND_FEATURES = ("brightness", "deviation over time", "change from row to row", "change from column to column")
 BARE_FACTS = {  # stand in where a file holds weights only
     "classes": list(CLASSES),

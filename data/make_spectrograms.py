@@ -74,6 +74,7 @@ CODECS = {  # soundfile's (format, subtype); without soundfile the first three, 
     "Opus": ("OGG", "OPUS"),
     "MP3": ("MP3", "MPEG_LAYER_III"),
 }
+FRAMES_AT_ONCE = 8192  # the spectra of an hour of audio at once would take 11 GB
 DYNAMIC_RANGE_DB = 80  # what lies further below a recording's peak counts as silence
 
 
@@ -396,9 +397,11 @@ def compute_levels(samples: np.ndarray, settings: dict) -> np.ndarray:
     window_length, hop = round(settings["window_s"] * rate), round(settings["hop_s"] * rate)
     fft_length = 2 ** int(np.ceil(np.log2(2 * window_length)))
     frames = np.lib.stride_tricks.sliding_window_view(samples, window_length)[::hop]
-    power = np.abs(np.fft.rfft(frames * get_window("hann", window_length), fft_length)) ** 2
+    window = get_window("hann", window_length)
     range_hz, size, scale = tuple(settings["frequency_range_hz"]), settings["image_size"], settings["frequency_scale"]
-    power = power @ weigh_bins(range_hz, size, scale, fft_length, rate)
+    weights = weigh_bins(range_hz, size, scale, fft_length, rate)
+    blocks = np.array_split(frames, -(-len(frames) // FRAMES_AT_ONCE))
+    power = np.concatenate([np.abs(np.fft.rfft(block * window, fft_length)) ** 2 @ weights for block in blocks])
     level_db = 10 * np.log10(np.maximum(power, power.max() * 10 ** (-DYNAMIC_RANGE_DB / 10)))
     return (level_db - level_db.mean(axis=0)).T
 
@@ -582,29 +585,32 @@ def make_images(
     Returns:
         The number of files written, and a line for each recording or copy that was left out.
     """
-    written, failed, source, samples = 0, [], None, None
-    for stem, (path, condition) in tqdm(images.items(), "Making spectrograms", unit="copy", disable=None):
+    by_recording = defaultdict(dict)
+    for stem, (path, condition) in images.items():
+        by_recording[path][stem] = condition
+    written, failed = 0, []
+    for path, copies in tqdm(by_recording.items(), "Making spectrograms", unit=" recordings", disable=None):
+        others = [other for other in babble if other.stem != path.stem]
         try:
-            if path != source:  # the copies of a recording follow one another
-                source, samples = path, None
-                checksum, samples = checksum_file(path), read_audio(path, settings["sample_rate"])
-            if samples is None:
-                continue
+            checksum, samples = checksum_file(path), read_audio(path, settings["sample_rate"])
             if len(samples) < settings["window_s"] * settings["sample_rate"]:
                 raise ValueError("it is shorter than WINDOW_S")
-            others = [other for other in babble if other.stem != path.stem]
-            laundered, words = launder(samples, condition, stem, settings, others)
-            parts = cut_parts(laundered, settings)
         except Exception as error:  # the decoders raise many kinds; every one is reported by name
-            which = path if samples is None else f"{path} ({condition})"
-            failed.append(f"left out: {which}: {str(error) or type(error).__name__}".splitlines()[0])
+            failed.append(f"{path}: {str(error) or type(error).__name__}")
             continue
-        notes = {"parts": len(parts), "recording_crc32": checksum, **({"laundering": words} if words else {})}
-        for number, part in enumerate(parts, 1):
-            name = f"{stem}_{number}.png" if len(parts) > 1 else f"{stem}.png"
-            write_file(folder / name, encode_png(part, choose_settings(settings, condition), notes))
-            written += 1
-    return written, failed
+        for stem, condition in copies.items():
+            try:
+                laundered, words = launder(samples, condition, stem, settings, others)
+                parts = cut_parts(laundered, settings)
+            except Exception as error:
+                failed.append(f"{path} ({condition}): {str(error) or type(error).__name__}")
+                continue
+            notes = {"parts": len(parts), "recording_crc32": checksum, **({"laundering": words} if words else {})}
+            for number, part in enumerate(parts, 1):
+                name = f"{stem}_{number}.png" if len(parts) > 1 else f"{stem}.png"
+                write_file(folder / name, encode_png(part, choose_settings(settings, condition), notes))
+                written += 1
+    return written, [f"left out: {line}".splitlines()[0] for line in failed]
 
 
 def collect_settings() -> dict:

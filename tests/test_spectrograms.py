@@ -130,12 +130,21 @@ def test_broken_files_are_named_and_passed(tmp_path):
     (tmp_path / "audio/broken.wav").write_bytes(b"RIFF nonsense")
     (tmp_path / "audio/empty.wav").write_bytes(b"")
     wavfile.write(tmp_path / "audio/silent.wav", 16000, np.zeros(16000, np.int16))
+    write_wav(tmp_path / "audio/click.wav", make_tone(1000, 0.05))
     outcome = run(tmp_path, MAKER, **FOLDERS)
     assert outcome.status == 1
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["good__clean.png"]
-    for name in ("broken.wav", "empty.wav", "silent.wav"):
+    for name in ("broken.wav", "empty.wav", "silent.wav", "click.wav"):
         assert sum(name in line for line in outcome.err.splitlines()) == 1
     assert "nothing but silence" in outcome.err
+    assert "shorter than WINDOW_S" in outcome.err
+
+
+def test_long_recordings_in_blocks_give_the_same_picture(monkeypatch):
+    samples = make_tone(1000, 8.0)
+    whole = np.stack(maker.cut_parts(samples, SETTINGS))
+    monkeypatch.setattr(maker, "FRAMES_AT_ONCE", 100)
+    assert (np.stack(maker.cut_parts(samples, SETTINGS)) != whole).mean() < 1e-4
 
 
 def test_what_exists_with_the_same_settings_is_skipped_and_the_rest_made(tmp_path):

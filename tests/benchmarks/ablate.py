@@ -99,6 +99,8 @@ RECIPES = {
     "without augmentation": {"augment": False},
     "window of 32 ms": {"format": {"window_s": 0.032}},
     "24 epochs": {"epochs": 24},
+    "crop of a quarter": {"crop": 0.25},
+    "whole width": {"crop": 1.0},
     "decay of 0.3": {"decay": 0.3},
     "without smoothing": {"smoothing": 0},
     "dropout of 0.5": {"dropout": 0.5},
@@ -257,9 +259,9 @@ def compute_start_loss(
     cells = -(-images.shape[2] // 32), -(-images.shape[3] // 32)
     hidden = (torch.rand(len(images), 1, *cells, generator=draw) < 0.4).float()
     cover = nn.functional.interpolate(hidden, scale_factor=32)[:, :, : images.shape[2], : images.shape[3]]
-    brightness = trainer.to_brightness(images)[:, None]
-    coarse = nn.functional.interpolate(brightness, (8 * cells[0], 8 * cells[1]), mode="bilinear", antialias=True)
-    wanted = nn.functional.pixel_unshuffle(coarse, 8)
+    brightness = trainer.to_brightness(images)[:, None].float()
+    wanted = nn.functional.adaptive_avg_pool2d(brightness, (8 * cells[0], 8 * cells[1]))
+    wanted = nn.functional.pixel_unshuffle(wanted, 8)
     found = head(body(trainer.to_input(images * (1 - cover) + images.mean((2, 3), keepdim=True) * cover)))
     return ((found.float() - wanted).square() * hidden).sum() / hidden.sum() / 64
 
