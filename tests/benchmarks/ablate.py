@@ -416,7 +416,7 @@ def main() -> None:
                 if any((row["recipe"], row["fold"], row["seed"]) == (name, str(fold), str(seed)) for row in results):
                     continue
                 settings = {**maker.collect_settings(), **FORMAT, **recipe["format"]}
-                pictures = load_pictures(rows, settings, recipe["resyntheses"] > 0)
+                pictures = load_pictures(rows, settings, recipe["resyntheses"] > 0 or not recipe["format"])
                 measures = run_fold(recipe, pictures, rows, fold, seed, compute)
                 print(name, fold, seed, {key: round(value, 3) for key, value in measures.items()}, flush=True)
                 results += [
