@@ -92,7 +92,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", "
 DOWNLOAD_TIMEOUT_S = 30  # without a single byte; torch.hub itself would wait for ever
 CHECKPOINT_FORMAT = 1
 HOST = re.sub(r"\W", "_", platform.node())[:20]  # in the names of temporary files: whose are they?
-STATE_NAME = "resume_state.pth"  # beside the final checkpoint; the state before it: previous_resume_state.pth
 NOT_SHAPING = (  # settings that may change between an interrupted run and the one that goes on with it
     *("DATA_DIR", "HOLDOUT_CSVS", "CSV_ENCODING", "BEST_MODEL_PATH", "FINAL_MODEL_PATH", "CACHE_DIR"),
     *("MAX_UNREADABLE", "WORKERS", "CACHE_GB", "RESUME"),
@@ -156,6 +155,16 @@ def join_team() -> Team:
     if team.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return team
+
+
+class Outputs(NamedTuple):
+    """The files that a run writes."""
+
+    best: Path
+    final: Path
+    history: Path
+    curves: Path
+    state: Path  # what an interrupted run goes on from
 
 
 class Optimisation(NamedTuple):
@@ -1174,6 +1183,24 @@ def fit_calibration(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, flo
 # ---- Outputs
 
 
+def name_outputs(best: Path, final: Path) -> Outputs:
+    """Name the files that a run writes: but for the best checkpoint they lie beside the final one."""
+    return Outputs(best, final, *map(final.with_name, ("history.csv", "learning_curves.png", "resume_state.pth")))
+
+
+def check_outputs(outputs: Outputs) -> None:
+    """Make the folders of the checkpoints, and delete what killed runs left there.
+
+    Raises:
+        ValueError: a checkpoint cannot be written.
+    """
+    for path in (outputs.best, outputs.final):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK) or path.is_dir():
+            raise ValueError(f"{path} cannot be written: its folder is read-only, or it is a folder itself")
+        remove_leftovers(path.parent, "*")
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole: after a crash at any moment the old content or the new one is there."""
     path = Path(os.path.realpath(path))  # a symbolic link stays one
@@ -1258,16 +1285,16 @@ def check_best(path: Path, history: list[dict]) -> None:
         raise ValueError(f"{path} is not of epoch {best['epoch']}: put it back, or RESUME = False to begin afresh")
 
 
-def begin_afresh(paths: list[Path], final_path: Path, state_path: Path) -> None:
+def begin_afresh(outputs: Outputs) -> None:
     """Keep the files of the run before under names that begin with previous_, one generation; delete its state.
 
     A finished run is never given up for an unfinished one.
     """
-    if final_path.exists() or not name_previous(final_path).exists():
-        for path in filter(Path.exists, paths):
+    if outputs.final.exists() or not name_previous(outputs.final).exists():
+        for path in filter(Path.exists, (outputs.best, outputs.final, outputs.history, outputs.curves)):
             os.replace(path, name_previous(path))
             print(f"Kept from the run before: {name_previous(path).name}")
-    delete_state(state_path)
+    delete_state(outputs.state)
 
 
 def delete_state(path: Path) -> None:
@@ -1453,6 +1480,33 @@ def share_gradients(model: nn.Module, compute: Compute, team: Team) -> nn.Module
     )
 
 
+def restore(parts: dict, state: dict, compute: Compute) -> list[dict]:
+    """Load what an interrupted run left into network, optimizer, schedule and scaler. Returns its history."""
+    for name, part in parts.items():
+        if state[name]:  # a scaler's is empty where the run began without float16
+            part.load_state_dict(state[name])
+    if state["precision"] != str(compute.dtype):
+        print(f"Warning: the run began in {state['precision']}, and goes on in {compute.dtype}")
+    return state["history"]
+
+
+def save_epoch(outputs: Outputs, history: list[dict], parts: dict, facts: dict, about: dict) -> None:
+    """Save what an epoch brought: its checkpoint, if it is the best so far, the history, and the state.
+
+    Args:
+        facts: what the checkpoint holds beside the weights.
+        about: what the state holds beside the history and what `parts` hold.
+    """
+    if len(history) == 1:
+        begin_afresh(outputs)
+    if find_best(history) is history[-1]:
+        save_checkpoint(outputs.best, parts["model"], facts)
+    write_history(outputs.history, history)
+    save_state(
+        outputs.state, {**{name: part.state_dict() for name, part in parts.items()}, "history": history, **about}
+    )
+
+
 def fit(
     model: nn.Module,
     loaders: tuple[DataLoader, DataLoader],
@@ -1461,7 +1515,7 @@ def fit(
     run: dict,
     state: Optional[dict],
     team: Team,
-    here: Path,
+    outputs: Outputs,
 ) -> dict:
     """Train, validate and print a line per epoch; keep history, best checkpoint and state up to date.
 
@@ -1469,34 +1523,21 @@ def fit(
         facts: what every checkpoint holds beside weights, epoch and metrics.
         run: as `describe_run` returns it.
         state: what an interrupted run left; None: begin afresh.
-        here: the folder that relative paths start at.
 
     Returns:
         The best epoch's row of the history.
     """
     train_loader, val_loader = loaders
-    settings = facts["settings"]
-    best_path, final_path = here / settings["BEST_MODEL_PATH"], here / settings["FINAL_MODEL_PATH"]
-    history_path, curves_path, state_path = map(
-        final_path.with_name, ("history.csv", "learning_curves.png", STATE_NAME)
-    )
+    settings, rank_0 = facts["settings"], team.rank == 0
     colours = learn_colours(train_loader.dataset).to(compute.device)
     draw = torch.Generator(compute.device)
     change = partial(augment, colours=colours, crop=settings["TIME_CROP"], draw=draw)
     optimisation = build_optimisation(model, train_loader, compute, settings)
     parts = {"model": model, **{name: getattr(optimisation, name) for name in ("optimizer", "schedule", "scaler")}}
-    history, of_epoch = [], {}
-    if state:
-        history, of_epoch = state["history"], state["of_epoch"]
-        for name, part in parts.items():
-            if state[name]:  # a scaler's is empty where the run began without float16
-                part.load_state_dict(state[name])
-        if state["precision"] != str(compute.dtype):
-            print(f"Warning: the run began in {state['precision']}, and goes on in {compute.dtype}")
+    history, of_epoch = (restore(parts, state, compute), state["of_epoch"]) if state else ([], {})
     trained, micro = share_gradients(model, compute, team), MicroBatches()
     while len(history) < settings["EPOCHS"]:
-        best = find_best(history)
-        if best and len(history) - best["epoch"] >= settings["PATIENCE"]:
+        if history and len(history) - find_best(history)["epoch"] >= settings["PATIENCE"]:
             print(f"Stopped early: no lower validation loss in {settings['PATIENCE']} epochs")
             break
         started, epoch = time.perf_counter(), len(history) + 1
@@ -1511,28 +1552,47 @@ def fit(
         row.update(team.share(measure(logits, labels)))
         row["seconds"] = time.perf_counter() - started
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-        if not history and team.rank == 0:
-            begin_afresh([best_path, final_path, history_path, curves_path], final_path, state_path)
         history.append(row)
-        of_epoch = {
-            "epoch": epoch,
-            "metrics": {name: row[name] for name in METRICS},
-            "calibration": fit_calibration(logits, labels),
-        }
-        if team.rank:
-            continue
-        if best is None or row["val_loss"] < best["val_loss"]:
-            save_checkpoint(best_path, model, {**facts, **of_epoch})
-        write_history(history_path, history)
-        state = {name: part.state_dict() for name, part in parts.items()}
-        start = facts["initial_weights"]
-        about = {"history": history, "of_epoch": of_epoch, "run": run, "start": start}
-        save_state(state_path, {**state, **about, "precision": str(compute.dtype)})
-    if team.rank == 0:
-        save_checkpoint(final_path, model, {**facts, **of_epoch})
-        draw_curves(curves_path, history)
-        delete_state(state_path)
+        metrics = {name: row[name] for name in METRICS}
+        of_epoch = {"epoch": epoch, "metrics": metrics, "calibration": fit_calibration(logits, labels)}
+        about = {"of_epoch": of_epoch, "run": run, "start": facts["initial_weights"], "precision": str(compute.dtype)}
+        if rank_0:
+            save_epoch(outputs, history, parts, {**facts, **of_epoch}, about)
+    if rank_0:
+        save_checkpoint(outputs.final, model, {**facts, **of_epoch})
+        draw_curves(outputs.curves, history)
+        delete_state(outputs.state)
     return find_best(history)
+
+
+def collect_facts(train: Subset, val: Subset, chosen: dict[str, int], start: str, checks: dict, settings: dict) -> dict:
+    """Collect what every checkpoint holds beside weights, epoch and metrics: all that judging an image needs.
+
+    Args:
+        chosen: {path: fingerprint} of the images.
+        start: what the weights began as.
+        checks: results of checks, by name.
+    """
+    recordings = {name_recording(path, settings["RECORDING_PATTERN"]) for path in chosen}
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "classes": list(CLASSES),
+        "image_size": settings["IMAGE_SIZE"],
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "seen_images": torch.tensor(list(chosen.values())),
+        "seen_recordings": torch.tensor(sorted({take_fingerprint(os.fsencode(name)) for name in recordings})),
+        "initial_weights": start,
+        "recording_pattern": settings["RECORDING_PATTERN"],
+        **checks,
+        "appearance": learn_appearance(train, val, learn_colours(train)),
+        "settings": settings,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__),
+        },
+    }
 
 
 def main() -> int:
@@ -1543,12 +1603,8 @@ def main() -> int:
     settings["HOLDOUT_CSVS"] = [str(path) for path in HOLDOUT_CSVS]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     data_dir = Path(os.path.normpath(here / DATA_DIR))
-    best_path, final_path = here / BEST_MODEL_PATH, here / FINAL_MODEL_PATH
-    for path in (best_path, final_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK) or path.is_dir():
-            raise ValueError(f"{path} cannot be written: its folder is read-only, or it is a folder itself")
-        remove_leftovers(path.parent, "*")
+    outputs = name_outputs(here / BEST_MODEL_PATH, here / FINAL_MODEL_PATH)
+    check_outputs(outputs)
     keep_freed_memory()
     team = join_team()
     if settings["BATCH_SIZE"] < 2 * team.size:
@@ -1556,7 +1612,7 @@ def main() -> int:
     compute = choose_compute(PRECISION)
     listed = list_holdout([here / path for path in HOLDOUT_CSVS], data_dir)
     folder = find_images(data_dir)
-    state = team.share(load_state(final_path.with_name(STATE_NAME)) if RESUME and team.rank == 0 else None)
+    state = team.share(load_state(outputs.state) if RESUME and team.rank == 0 else None)
     if state:
         initial, start = None, state["start"]
     else:
@@ -1573,33 +1629,13 @@ def main() -> int:
     if state:
         compare_runs(state["run"], run)
         if team.rank == 0:
-            check_best(best_path, state["history"])
+            check_best(outputs.best, state["history"])
         print(f"Going on after epoch {len(state['history'])} of a run that was interrupted (RESUME = False: afresh)")
     loaders = build_loaders(train, val, compute, settings, team)
-    facts = {
-        "format": CHECKPOINT_FORMAT,
-        "classes": list(CLASSES),
-        "image_size": IMAGE_SIZE,
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-        "seen_images": torch.tensor(list(chosen.values())),
-        "seen_recordings": torch.tensor(
-            sorted({take_fingerprint(os.fsencode(name_recording(path, RECORDING_PATTERN))) for path in chosen})
-        ),
-        "initial_weights": start,
-        "recording_pattern": RECORDING_PATTERN,
-        "unreadable_images": unreadable,
-        "shortcuts": shortcuts,
-        "appearance": learn_appearance(train, val, learn_colours(train)),
-        "settings": settings,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "torchvision": str(torchvision.__version__),
-        },
-    }
+    checks = {"unreadable_images": unreadable, "shortcuts": shortcuts}
+    facts = collect_facts(train, val, chosen, start, checks, settings)
     print(f"Start: {start}; learning rate {settings['LEARNING_RATE']:g}, at most {EPOCHS} epochs")
-    best = fit(model, loaders, compute, facts, run, state, team, here)
+    best = fit(model, loaders, compute, facts, run, state, team, outputs)
     if from_random and PRETRAINED is not None:
         print(f"WARNING: this model started from random weights: {start}")
     print(f"Best epoch {best['epoch']}: validation loss {best['val_loss']:.4f}, AUC {best['val_auc']:.4f}")
