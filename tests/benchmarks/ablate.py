@@ -70,12 +70,14 @@ BASE = {
     "paired": False,
     "average": False,
     "start": None,
+    "halved": None,
 }
 START_EPOCHS = 4  # of the same number of epochs: a start costs no further time
 RECIPES = {
     # What differs from BASE. resyntheses: share of the fakes; known: held-out generators that they may imitate; mixup:
     # both parameters of its beta distribution; paired: resyntheses stand in a batch with their originals; average: of
-    # the weights over some 200 steps; start: another task for the first epochs
+    # the weights over some 200 steps; start: another task for the first epochs; halved: which of the genuine clips are
+    # not used
     "plain": {
         "format": {
             "window_s": 0.064,
@@ -98,6 +100,8 @@ RECIPES = {
     "without resyntheses": {"resyntheses": 0},
     "without augmentation": {"augment": False},
     "window of 32 ms": {"format": {"window_s": 0.032}},
+    "half of the genuine voices": {"halved": "voices"},
+    "half of the genuine clips": {"halved": "clips"},
     "24 epochs": {"epochs": 24},
     "crop of a quarter": {"crop": 0.25},
     "whole width": {"crop": 1.0},
@@ -348,6 +352,14 @@ def compute_eer(fake: np.ndarray, genuine: np.ndarray) -> float:
     return evaluator.measure(-np.r_[fake, genuine], np.arange(len(fake) + len(genuine)) < len(fake))["eer"]
 
 
+def halve_genuine(chosen: list[int], rows: list[dict], what: str, seed: int) -> list[int]:
+    """Leave out half of the genuine clips, drawn by clip or by voice ("clips", "voices")."""
+    unit = {number: rows[number]["speaker"] if what == "voices" else number for number in chosen}
+    units = sorted({unit[number] for number in chosen if rows[number]["label"] == "original"})
+    kept = set(np.random.default_rng(seed).permutation(units)[: len(units) // 2].tolist())
+    return [number for number in chosen if rows[number]["label"] == "deepfake" or unit[number] in kept]
+
+
 def run_fold(recipe: dict, pictures: list, rows: list[dict], fold: int, seed: int, compute: trainer.Compute) -> dict:
     """Train on a fold and measure: {name of a measure: value}."""
     labels = np.array([int(row["label"] == "original") for row in rows])
@@ -357,8 +369,9 @@ def run_fold(recipe: dict, pictures: list, rows: list[dict], fold: int, seed: in
     held = set(draw.permutation(groups)[: len(groups) // 10].tolist())
     validation = [number for number in chosen if rows[number]["group"] in held]
     chosen = draw.permutation([number for number in chosen if rows[number]["group"] not in held])[: recipe.get("clips")]
+    chosen = halve_genuine(chosen.tolist(), rows, recipe["halved"], seed) if recipe["halved"] else chosen.tolist()
     started = time.perf_counter()
-    model = train(recipe, pictures, labels, chosen.tolist(), FOLDS[fold][0], seed, compute)
+    model = train(recipe, pictures, labels, chosen, FOLDS[fold][0], seed, compute)
     measures = {"training_s": time.perf_counter() - started, "clips": len(chosen)}
 
     clean = score(model, pictures, validation, 0, compute)
