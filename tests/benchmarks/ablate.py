@@ -41,7 +41,7 @@ import train_deepfake_detector as trainer  # noqa: E402
 # Settings
 CORPUS_DIR = Path("corpus")
 WORK_DIR = Path("ablation")
-FOLDS = (  # generators and voices held out together, by the beginning of engine and by a part of speaker
+FOLDS = (  # held out together: generators, by the beginning of engine (none: only voices); voices, by a part of speaker
     (("hibari",), ("Carlo", "Armelle")),
     (("piper",), ("Allison",)),
     (("espeak", "copy-griffinlim"), ("tuxpaint",)),
@@ -186,7 +186,7 @@ def choose_sides(rows: list[dict], generators: tuple, voices: tuple) -> tuple[li
         elif generator:
             test["both" if voice or "copy" not in row["engine"] else "generator"].append(number)
         else:
-            (test["voice"] if voice else train).append(number)
+            (test["voice" if generators else "both"] if voice else train).append(number)
     held = {rows[number]["group"] for name in test for number in test[name] if "copy" in rows[number]["engine"]}
     held |= {rows[number]["group"] for number in test["both"] if rows[number]["label"] == "original"}
     return [number for number in train if rows[number]["group"] not in held], test
