@@ -50,7 +50,7 @@ FOLDS = (  # held out together: generators, by the beginning of engine (none: on
 )
 SIMILAR = {"copy-griffinlim": "griffinlim", "copy-lpc": "lpc", "copy-world": "harmonic"}  # held out together
 SEEDS = (0, 1)
-SMALL = False  # True: half the channels and half the rows, a fifth of the time, to choose by; named "..., small"
+SMALL = False  # True: half the channels and half the rows, several times as fast, to choose by; named "..., small"
 CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")
 FORMAT = {"frequency_range_hz": [60, 3500]}  # what differs from the maker's own settings
 LINEAR = {"frequency_scale": "linear"}
