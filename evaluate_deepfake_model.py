@@ -887,6 +887,7 @@ def draw_curves(path: Path, name: str, table: pandas.DataFrame) -> None:
         right.hist(values, bins, weights=shares, alpha=0.55, color=COLOURS[label], label=f"{label}, {len(values):,}")
     right.axvline(0, color="black", linestyle="--", label="threshold: deepfake_score 0.5")
     right.set(xlabel="log-likelihood ratio (nats): fake  ←  → original", ylabel="% of the class", title="Scores")
+    right.margins(y=0.4)  # room for the legend
     right.legend()
     write_figure(path, figure)
 
