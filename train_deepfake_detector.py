@@ -1529,7 +1529,7 @@ def fit(
     """
     train_loader, val_loader = loaders
     settings, rank_0 = facts["settings"], team.rank == 0
-    colours = learn_colours(train_loader.dataset).to(compute.device)
+    colours = facts["appearance"]["colours"].to(compute.device)
     draw = torch.Generator(compute.device)
     change = partial(augment, colours=colours, crop=settings["TIME_CROP"], draw=draw)
     optimisation = build_optimisation(model, train_loader, compute, settings)

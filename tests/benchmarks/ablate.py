@@ -232,17 +232,18 @@ def draw_batches(
     order = draw.permutation(chosen)
     for start in range(0, len(order) - 31, 32):
         batch, numbers = [], []
-        for clip in order[start : start + 32]:
+        clips = order[start : start + 32]
+        beside = [clip for clip in clips if labels[clip]] if recipe["paired"] else []
+        for clip in clips:
             copies = pictures[clip]
             copy = draw.choice(which)
             if not labels[clip] and draw.random() < recipe["resyntheses"]:
-                beside = [other for other in order[start : start + 32] if labels[other]]
-                copies = pictures[draw.choice(beside if recipe["paired"] and beside else genuine)]
+                copies = pictures[draw.choice(beside or genuine)]
                 laundered = len(which) > 1 and draw.random() < 0.6
                 copy = len(CONDITIONS) + draw.choice(kinds) + laundered * len(maker.RESYNTHESES)
             batch.append(copies[copy][draw.integers(len(copies[copy]))])
             numbers.append(copy)
-        yield np.stack(batch), labels[order[start : start + 32]], np.array(numbers)
+        yield np.stack(batch), labels[clips], np.array(numbers)
 
 
 def compute_start_loss(
@@ -292,7 +293,9 @@ def train(
     optimizer = torch.optim.AdamW(parameters, recipe["rate"], weight_decay=recipe["decay"], fused=True)
     steps = recipe["epochs"] * (len(chosen) // 32)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(trainer.scale_rate, steps=steps))
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=True)
+    averaged = None
+    if recipe["average"]:
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=True)
     similar = {SIMILAR.get(name) for name in held if name not in recipe["known"]}
     kinds = [number for number, name in enumerate(maker.RESYNTHESES) if name not in similar]
     numpy_draw, draw = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -327,8 +330,9 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
-            averaged.update_parameters(model)
-    return (averaged if recipe["average"] else model).eval()
+            if averaged:
+                averaged.update_parameters(model)
+    return (averaged or model).eval()
 
 
 @torch.inference_mode()
