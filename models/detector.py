@@ -1,4 +1,4 @@
-"""What trainer and evaluator must agree on: image to pixels, network, checkpoint, score, and how images were rendered."""
+"""What trainer and evaluator must agree on: pixels, network, checkpoint, score, and how images were rendered."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import os
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,9 +97,9 @@ def read_image(path: str, size: int) -> torch.Tensor:
     return pixels[:3].contiguous()
 
 
-def to_input(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """Normalise RGB, shape (batch, 3, height, width), by mean and deviation in the same unit; channels last."""
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+def to_input(images: torch.Tensor, mean: Sequence[float], std: Sequence[float], white: int = 1) -> torch.Tensor:
+    """Normalise RGB from 0 to `white`, float32, shape (batch, 3, height, width); mean and deviation are of 0 to 1."""
+    mean, std = (images.new_tensor(values).view(3, 1, 1) * white for values in (mean, std))
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 

@@ -233,7 +233,9 @@ def whole_number(low: int, high: int = 10**9) -> Rule:
 
 def number(low: float, high: float) -> Rule:
     """Allow numbers from low to high."""
-    return Rule(lambda value: type(value) in (int, float) and low <= value <= high, f"a number from {low:g} to {high:g}")
+    return Rule(
+        lambda value: type(value) in (int, float) and low <= value <= high, f"a number from {low:g} to {high:g}"
+    )
 
 
 def one_of(*values: object) -> Rule:
