@@ -202,7 +202,12 @@ def compare_rendering(pixels: torch.Tensor, rendering: dict) -> tuple[float, flo
     return share, shift, dict(sorted(shifts, key=lambda pair: -abs(pair[1])))
 
 
-# ---- Checkpoint and network
+# ---- Network and checkpoint
+
+
+def make_network() -> ResNet:
+    """Make the network, with random weights."""
+    return resnet18(num_classes=len(CLASSES))
 
 
 def load_content(path: Path) -> dict:
@@ -254,7 +259,7 @@ def build_model(state: dict, path: Path) -> ResNet:
         raise ValueError(f"{path} holds no ResNet-18 (no fc.weight)")
     if len(head) != len(CLASSES):
         raise ValueError(f"{path} has {len(head)} classes; needed: {', '.join(CLASSES)}")
-    model = resnet18(num_classes=len(CLASSES))
+    model = make_network()
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
