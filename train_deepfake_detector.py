@@ -26,7 +26,7 @@ import re
 import socket
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,9 @@ BEST_MODEL_PATH = Path("models/experiments/best_laundered_processed.pth")
 FINAL_MODEL_PATH = Path("models/experiments/final_laundered_processed.pth")
 CACHE_DIR = Path("models/cache")  # decoded images; may be deleted at any time
 # Data
-RECORDING_PATTERN = r"^(.+?)__"  # group 1 of it in a file's stem names the recording; no match: the whole stem
+RECORDING_PATTERN = (
+    r"^([^/]+?)__[^/]*$"  # group 1 names the recording: in the file name, else in the path below the class
+)
 IMAGE_SIZE = 224  # pixels, width and height of the network's input; 32 or more
 VAL_FRACTION = 0.12  # fraction of the images used for validation; between 0 and 1
 MAX_UNREADABLE = 0.01  # fraction of the images that may be unreadable before the run stops; 0 to 1
@@ -108,6 +110,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", "
 DOWNLOAD_TIMEOUT_S = 30  # without a single byte; torch.hub itself would wait for ever
 BRIGHTNESS_PER_DB = 1 / 70  # for augmentation: the maker's scale, from -30 to +40 dB
 SHORTEST_CROP = 48  # pixels; at 32 and less oneDNN (torch 2.14, 2.15) gave wrong bfloat16 gradients for layer4.0.conv1
+MIN_SOURCES = 5  # with fewer, holding out whole ones for validation would cost training too much
+FOLDER_PATTERN = (
+    r"^(.*/[^/]+?)(?:__[^/]*)?$"  # a RECORDING_PATTERN by which equal names in two folders are two recordings
+)
 METRICS = ("train_loss", "val_loss", "val_balanced_accuracy", "val_auc")
 
 
@@ -121,27 +127,69 @@ class Outputs(NamedTuple):
     state: Path  # what an interrupted run resumes from
 
 
+class Data(NamedTuple):
+    """The images of a run."""
+
+    train: Subset
+    val: Subset
+    fingerprints: dict[str, int]  # of the pixels of the images used, by path
+    checks: dict  # results of checks, by the names that the checkpoint gives them
+
+
 # ---- Images
 
 
 class SpectrogramFolder(ImageFolder):
-    """An ImageFolder of the classes in CLASSES, whatever else lies beside them; its pixels come from a cache."""
+    """An ImageFolder of the classes in CLASSES, whatever else lies beside them; its pixels come from a cache.
+
+    Attributes:
+        problems: a reason for each folder that cannot be read.
+        ignored: number of files that are not images of SUFFIXES, by suffix.
+    """
 
     cache: PixelCache
+
+    def __init__(self, root: Path) -> None:
+        self.problems: list[str] = []
+        self.ignored: Counter[str] = Counter()
+        super().__init__(str(root), allow_empty=True)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         names = [name.lower() for name in CLASSES]
         return names, {name: index for index, name in enumerate(names)}
+
+    def make_dataset(self, directory: str, class_to_idx: dict[str, int], *_, **__) -> list[tuple[str, int]]:  # noqa: ANN002
+        samples = []
+        for name, index in class_to_idx.items():
+            files, problems = runtime.find_files(find_class_dir(Path(directory), name))
+            self.problems += problems
+            samples += [(path, index) for path in files if path.lower().endswith(SUFFIXES)]
+            self.ignored.update(
+                os.path.splitext(path)[1].lower() for path in files if not path.lower().endswith(SUFFIXES)
+            )
+        return samples
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.samples[index]
         return self.cache.read(path), label
 
 
-def is_visible_image(path: str, root: str) -> bool:
-    """Tell whether a path below root has an image's suffix, and neither it nor a folder above it is hidden."""
-    parts = os.path.relpath(path, root).split(os.sep)
-    return path.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in parts)
+def find_class_dir(data_dir: Path, name: str) -> Path:
+    """Find a class folder, whose name may differ in case.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    if not data_dir.is_dir():
+        raise ValueError(f"folder not found: {data_dir} (DATA_DIR)")
+    folders = [entry.name for entry in data_dir.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__"))]
+    alike = [folder for folder in folders if folder.lower() == name]
+    if len(alike) != 1 and name not in alike:
+        found = ", ".join(sorted(folders)) or "no folder"
+        raise ValueError(
+            f"folder not found: {data_dir / name} (DATA_DIR must hold a folder for each class; it holds {found})"
+        )
+    return data_dir / (name if name in alike else alike[0])
 
 
 def find_images(data_dir: Path) -> SpectrogramFolder:
@@ -150,18 +198,21 @@ def find_images(data_dir: Path) -> SpectrogramFolder:
     Raises:
         ValueError: a class folder is missing, or holds fewer than two images.
     """
-    for class_dir in (data_dir / name.lower() for name in CLASSES):
-        if not class_dir.is_dir():
-            raise ValueError(f"folder not found: {class_dir} (DATA_DIR must hold a folder for each class)")
-    is_image = partial(is_visible_image, root=str(data_dir))
-    folder = SpectrogramFolder(str(data_dir), is_valid_file=is_image, allow_empty=True)
+    folder = SpectrogramFolder(data_dir)
     for index, name in enumerate(folder.classes):
         if (count := folder.targets.count(index)) < 2:
             raise ValueError(f"{count} images below {data_dir / name}: two are needed ({' '.join(SUFFIXES)})")
-    others = {entry.name for entry in data_dir.iterdir() if entry.is_dir()} - set(folder.classes)
-    others = sorted(name for name in others if not name.startswith((".", "__")))
+    others = sorted(entry.name for entry in data_dir.iterdir() if entry.is_dir())
+    others = [name for name in others if name.lower() not in folder.classes and not name.startswith((".", "__"))]
     if others:
         print(f"Folders below {data_dir} that are not a class and are ignored: {', '.join(others)}")
+    if folder.ignored:
+        kinds = ", ".join(
+            f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(folder.ignored.items())
+        )
+        print(f"Ignored files in the class folders: {kinds} (images are {' '.join(SUFFIXES)})")
+    for problem in folder.problems:
+        print(f"left out: {problem}", file=sys.stderr)
     print(f"Images below {data_dir}:")
     counts = Counter(os.path.relpath(os.path.dirname(path), data_dir) for path, _ in folder.samples)
     for name, count in sorted(counts.items()):
@@ -200,58 +251,90 @@ def list_holdout(csv_paths: list[Path], data_dir: Path, encoding: str) -> list[s
     return listed
 
 
-def leave_out_holdout(paths: list[str], listed: list[str], cache: PixelCache, pattern: str) -> list[str]:
+def leave_out_holdout(folder: SpectrogramFolder, listed: list[str], pattern: str) -> list[str]:
     """Leave out what is listed for testing, copies of it under other names, and its recordings.
 
     Args:
-        paths: all images; listed: those that the hold-out CSVs name.
+        listed: the images that the hold-out CSVs name.
         pattern: RECORDING_PATTERN.
 
     Returns:
         The paths of the images that may be used.
+
+    Raises:
+        ValueError: all images of a class are held out.
     """
-    held = set(listed)
-    held_pixels = {cache.entries[path].fingerprint for path in held if path in cache.entries}
-    held_recordings = {name_recording(path, pattern) for path in held}
+    held, entries = set(listed), folder.cache.entries
+    held_pixels = {entries[path].fingerprint for path in held if path in entries}
+    held_recordings = {name_recording(path, folder.root, pattern) for path in held}
     kept, counts = [], Counter()
-    for path in paths:
+    for path, label in folder.samples:
         if path in held:
             counts["listed"] += 1
-        elif path in cache.entries and cache.entries[path].fingerprint in held_pixels:
+        elif path in entries and entries[path].fingerprint in held_pixels:
             counts["copies"] += 1
-        elif name_recording(path, pattern) in held_recordings:
+        elif name_recording(path, folder.root, pattern) in held_recordings:
             counts["relatives"] += 1
         else:
             kept.append(path)
+            counts[label] += 1
     if held:
         print(
             f"Held out: {counts['listed']:,} of {len(held):,} listed images, {counts['copies']:,} copies of listed "
             f"images under other names, {counts['relatives']:,} other images of their recordings"
         )
-    if unseen := sum(path not in cache.entries for path in held):
+    if unseen := sum(path not in entries for path in held):
         print(f"Warning: {unseen:,} listed images are missing or unreadable: copies of them cannot be recognised")
+    empty = [
+        f"{folder.targets.count(index):,} images of class {CLASSES[index]}" for index in (0, 1) if not counts[index]
+    ]
+    if empty:
+        raise ValueError(f"all {' and all '.join(empty)} are held out (see HOLDOUT_CSVS and RECORDING_PATTERN)")
     return kept
 
 
-def leave_out_unreadable(paths: list[str], cache: PixelCache, limit: float, rank: int) -> list[str]:
+def leave_out_unreadable(paths: list[str], reasons: dict[str, str], limit: float, rank: int) -> list[str]:
     """Leave out, and name, the images that could not be read.
+
+    Args:
+        reasons: {unreadable path: why}.
 
     Raises:
         ValueError: they are more than `limit`, a fraction of all.
     """
-    unreadable = [path for path in paths if path in cache.reasons]
+    unreadable = [path for path in paths if path in reasons]
     for path in unreadable if rank == 0 else ():
-        print(f"left out, unreadable: {path}: {cache.reasons[path]}", file=sys.stderr)
+        print(f"left out, unreadable: {path}: {reasons[path]}", file=sys.stderr)
     if len(unreadable) > limit * len(paths):
         raise ValueError(
             f"{len(unreadable)} of {len(paths)} images are unreadable, more than MAX_UNREADABLE = {limit}; "
-            f"the first: {unreadable[0]}: {cache.reasons[unreadable[0]]}"
+            f"the first: {unreadable[0]}: {reasons[unreadable[0]]}"
         )
-    return [path for path in paths if path not in cache.reasons]
+    return [path for path in paths if path not in reasons]
 
 
-def group_images(recordings: list[str], fingerprints: list[int]) -> np.ndarray:
-    """Number the groups of images that must stay on one side of the split: one recording, or identical pixels.
+def find_sources(paths: list[str], labels: list[int], data_dir: str) -> list[str]:
+    """Find the source of each image: a sub-folder (of a class folder, or of combined/ in it) that both classes have.
+
+    What genuine and fake speech of one source differ in is how it was made, not voice, text or channel.
+
+    Returns:
+        The name of the sub-folder; "" where an image is in none, or in one that the other class lacks.
+    """
+    names, classes = [], defaultdict(set)
+    for path, label in zip(paths, labels):
+        _, *folders = os.path.relpath(os.path.dirname(path), data_dir).split(os.sep)
+        folders = folders[1:] if folders[:1] == ["combined"] else folders
+        names.append(folders[0] if folders else "")
+        classes[names[-1]].add(label)
+    return [name if name and len(classes[name]) == len(CLASSES) else "" for name in names]
+
+
+def group_images(*namings: list) -> np.ndarray:
+    """Number the groups of images that must stay on one side of the split: those that share a name in any naming.
+
+    Args:
+        namings: each a list of hashable names, one per image: of recordings, of pixels, of sources.
 
     Returns:
         int array, shape (images,): the group of each image, from 0.
@@ -259,13 +342,11 @@ def group_images(recordings: list[str], fingerprints: list[int]) -> np.ndarray:
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    recording_ids = {name: number for number, name in enumerate(dict.fromkeys(recordings))}
-    pixel_ids = {pixels: len(recording_ids) + n for n, pixels in enumerate(dict.fromkeys(fingerprints))}
-    nodes = [recording_ids[name] for name in recordings]
-    edges = (nodes, [pixel_ids[fingerprint] for fingerprint in fingerprints])
-    size = len(recording_ids) + len(pixel_ids)
-    graph = coo_matrix((np.ones(len(nodes), np.int8), edges), shape=(size, size))
-    return connected_components(graph, directed=False)[1][nodes]
+    ids: dict[tuple, int] = {}
+    nodes = [[ids.setdefault((which, name), len(ids)) for name in names] for which, names in enumerate(namings)]
+    edges = (np.tile(nodes[0], len(nodes) - 1), np.concatenate(nodes[1:]))
+    graph = coo_matrix((np.ones(len(edges[0]), np.int8), edges), shape=(len(ids), len(ids)))
+    return connected_components(graph, directed=False)[1][nodes[0]]
 
 
 def split_by_recording(groups: np.ndarray, labels: np.ndarray, val_fraction: float, seed: int) -> np.ndarray:
@@ -304,6 +385,8 @@ def split_by_recording(groups: np.ndarray, labels: np.ndarray, val_fraction: flo
 def split_images(folder: SpectrogramFolder, paths: list[str], settings: dict) -> tuple[Subset, Subset, Optional[dict]]:
     """Split the chosen images into training and validation, print what each side holds, and check for shortcuts.
 
+    Where there are enough sources, whole ones are held out for validation, else whole recordings.
+
     Returns:
         Both sides, and what `check_shortcuts` found.
 
@@ -315,15 +398,18 @@ def split_images(folder: SpectrogramFolder, paths: list[str], settings: dict) ->
     labels = np.array([folder.targets[i] for i in indices])
     entries = [folder.cache.entries[path] for path in paths]
     fingerprints = [entry.fingerprint for entry in entries]
-    recordings = [name_recording(path, settings["RECORDING_PATTERN"]) for path in paths]
-    names = sorted(set(recordings))
-    print(f"Recordings are named like: {', '.join(names[:: max(1, len(names) // 3)][:3])}")
-    if repeated := len(paths) - len(set(fingerprints)):
-        in_both = len(set(zip(fingerprints, labels.tolist()))) - len(set(fingerprints))
-        print(
-            f"Identical images: {repeated:,} repeat another one and stay on its side; {in_both:,} are in both classes"
-        )
+    recordings = [name_recording(path, folder.root, settings["RECORDING_PATTERN"]) for path in paths]
+    report_names(paths, recordings, fingerprints, labels)
     groups = group_images(recordings, fingerprints)
+    shortcuts = check_shortcuts(np.array([entry.looks for entry in entries], np.float32), labels, groups)
+    sources = find_sources(paths, labels.tolist(), folder.root)
+    if count := len({*sources} - {""}):
+        by_source = count >= MIN_SOURCES
+        print(
+            f"{count} sources with both classes; validation holds out whole {'sources' if by_source else 'recordings'}"
+        )
+        if by_source:
+            groups = group_images(recordings, fingerprints, [source or path for source, path in zip(sources, paths)])
     in_val = split_by_recording(groups, labels, settings["VAL_FRACTION"], settings["SEED"])
     for side, mask in (("Training", ~in_val), ("Validation", in_val)):
         counts = []
@@ -331,9 +417,24 @@ def split_images(folder: SpectrogramFolder, paths: list[str], settings: dict) ->
             members = np.flatnonzero(mask & (labels == index))
             counts.append(f"{len(members):,} {name} images ({len({recordings[i] for i in members}):,} recordings)")
         print(f"{side}: {', '.join(counts)}")
-    looks = np.array([entry.looks for entry in entries], np.float32)
-    shortcuts = check_shortcuts(looks, labels, groups)
     return Subset(folder, indices[~in_val].tolist()), Subset(folder, indices[in_val].tolist()), shortcuts
+
+
+def report_names(paths: list[str], recordings: list[str], fingerprints: list[int], labels: np.ndarray) -> None:
+    """Print how recordings are named, which file names repeat in several folders, and which images are identical."""
+    names = sorted(set(recordings))
+    print(f"Recordings are named like: {', '.join(names[:: max(1, len(names) // 3)][:3])}")
+    folders = defaultdict(set)
+    for path, recording in zip(paths, recordings):
+        folders[os.path.basename(path), recording].add(os.path.dirname(path))
+    if repeated := [name for name, _ in folders if len(folders[name, _]) > 1]:
+        print(
+            f"Warning: {len(repeated):,} file names, such as {repeated[0]}, are in several folders and count as one "
+            f'recording each; RECORDING_PATTERN = r"{FOLDER_PATTERN}" takes the folder in'
+        )
+    if repeated := len(paths) - len(set(fingerprints)):
+        in_both = len(set(zip(fingerprints, labels.tolist()))) - len(set(fingerprints))
+        print(f"Identical images: {repeated:,} repeat another and stay on its side; {in_both:,} are in both classes")
 
 
 def check_shortcuts(looks: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Optional[dict[str, float]]:
@@ -393,13 +494,12 @@ class Batches:
             yield self.team.take_part(batch).tolist()
 
 
-def build_loaders(
-    train: Subset, val: Subset, compute: Compute, settings: dict, team: Team
-) -> tuple[DataLoader, DataLoader]:
+def build_loaders(data: Data, compute: Compute, settings: dict, team: Team) -> tuple[DataLoader, DataLoader]:
     """Build the training loader, shuffled anew in each epoch, and the validation loader, for this rank's part of each.
 
     Where nothing is left to decode, workers would only take the network's cores: a cached image costs 0.2 ms.
     """
+    train, val = data.train, data.val
     on_gpu, entries = compute.device.type == "cuda", train.dataset.cache.entries
     workers = runtime.choose_workers(settings["WORKERS"], team.local_size)
     if settings["WORKERS"] is None and not on_gpu and all(entry.offset is not None for entry in entries.values()):
@@ -680,16 +780,11 @@ def load_state(path: Path) -> Optional[dict]:
         raise ValueError(f"{error}: the run cannot be resumed; RESUME = False starts over") from None
 
 
-def describe_conditions(
-    train: Subset, val: Subset, fingerprints: dict[str, int], settings: dict, data_dir: Path
-) -> dict:
-    """Describe what shapes the result: a run can only resume where none of it has changed.
-
-    Args:
-        fingerprints: of the pixels of the images that are used, by path.
-    """
-    listing = [(os.path.relpath(path, data_dir), pixels) for path, pixels in fingerprints.items()]
-    digest = take_fingerprint(repr([*listing, train.indices, val.indices]).encode())
+def describe_conditions(data: Data, settings: dict) -> dict:
+    """Describe what shapes the result: a run can only resume where none of it has changed."""
+    root = data.train.dataset.root
+    listing = [(os.path.relpath(path, root), pixels) for path, pixels in data.fingerprints.items()]
+    digest = take_fingerprint(repr([*listing, data.train.indices, data.val.indices]).encode())
     return {
         **{name: value for name, value in settings.items() if name not in NOT_SHAPING},
         "the list of images": f"{len(listing)} images, digest {digest:x}",
@@ -918,32 +1013,49 @@ def draw_curves(path: Path, history: list[dict], best_epoch: int) -> None:
 # ---- Main
 
 
-def collect_facts(train: Subset, val: Subset, fingerprints: dict[str, int], settings: dict, checks: dict) -> dict:
+def prepare_data(folder: SpectrogramFolder, listed: list[str], settings: dict, team: Team) -> Data:
+    """Read every image once, leave out what is held out or unreadable, and split the rest.
+
+    Raises:
+        ValueError: too many images are unreadable, or too few are left.
+    """
+    paths = [path for path, _ in folder.samples]
+    elsewhere = [path for path in dict.fromkeys(listed) if path not in set(paths) and os.path.isfile(path)]
+    read_all_images(folder.cache, [*paths, *elsewhere], runtime.choose_workers(settings["WORKERS"]), team)
+    allowed = leave_out_holdout(folder, listed, settings["RECORDING_PATTERN"])
+    used = leave_out_unreadable(allowed, folder.cache.reasons, settings["MAX_UNREADABLE"], team.rank)
+    train, val, shortcuts = split_images(folder, used, settings)
+    fingerprints = {path: folder.cache.entries[path].fingerprint for path in used}
+    return Data(train, val, fingerprints, {"unreadable_images": len(allowed) - len(used), "shortcuts": shortcuts})
+
+
+def collect_facts(data: Data, start: str, settings: dict) -> dict:
     """Collect what every checkpoint holds beside weights, epoch and metrics: all that scoring an image needs.
 
     Args:
-        fingerprints: of the pixels of the images that are used, by path.
-        checks: initial weights and results of checks, by name.
+        start: what the weights began as.
     """
-    recordings = {name_recording(path, settings["RECORDING_PATTERN"]) for path in fingerprints}
+    pattern, root = settings["RECORDING_PATTERN"], data.train.dataset.root
+    recordings = {name_recording(path, root, pattern) for path in data.fingerprints}
     return {
         "format": detector.CHECKPOINT_FORMAT,
         "classes": list(CLASSES),
         "image_size": settings["IMAGE_SIZE"],
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
-        "seen_images": torch.tensor(list(fingerprints.values())),
+        "seen_images": torch.tensor(list(data.fingerprints.values())),
         "seen_recordings": torch.tensor(sorted({take_fingerprint(os.fsencode(name)) for name in recordings})),
-        "recording_pattern": settings["RECORDING_PATTERN"],
-        **checks,
-        "appearance": detector.learn_rendering(train, val, detector.learn_colours(train)),
+        "recording_pattern": pattern,
+        "initial_weights": start,
+        **data.checks,
+        "appearance": detector.learn_rendering(data.train, data.val, detector.learn_colours(data.train)),
         "settings": settings,
         "versions": runtime.list_versions(),
     }
 
 
 def main() -> int:
-    """Train on the images below DATA_DIR. Returns the exit status: 0, or 1 if an image was left out."""
+    """Train on the images below DATA_DIR. Returns the exit status: 0, or 1 if an image or folder was left out."""
     here = Path(__file__).resolve().parent
     settings = {name: globals()[name] for name in RULES}
     runtime.check_settings(settings, RULES)
@@ -959,34 +1071,23 @@ def main() -> int:
 
     listed = list_holdout([here / path for path in HOLDOUT_CSVS], data_dir, CSV_ENCODING)
     folder = find_images(data_dir)
+    folder.cache = PixelCache(here / CACHE_DIR, IMAGE_SIZE, CACHE_GB * 1e9)
     state = team.share(load_state(outputs.state) if RESUME and team.rank == 0 else None)
-    if state:
-        initial, start = None, state["start"]
-    else:
+    initial, start = None, state["start"] if state else ""
+    if not state:
         initial, start = team.share(get_initial_weights(PRETRAINED, here) if team.rank == 0 else None)
-    from_random = start.startswith("random")
     torch.manual_seed(SEED)
     model = start_model(initial)
 
-    paths = [path for path, _ in folder.samples]
-    elsewhere = [path for path in dict.fromkeys(listed) if path not in set(paths) and os.path.isfile(path)]
-    folder.cache = PixelCache(here / CACHE_DIR, IMAGE_SIZE, CACHE_GB * 1e9)
-    read_all_images(folder.cache, [*paths, *elsewhere], runtime.choose_workers(WORKERS), team)
-    allowed = leave_out_holdout(paths, listed, folder.cache, RECORDING_PATTERN)
-    used = leave_out_unreadable(allowed, folder.cache, MAX_UNREADABLE, team.rank)
-    train, val, shortcuts = split_images(folder, used, settings)
-
-    fingerprints = {path: folder.cache.entries[path].fingerprint for path in used}
-    conditions = describe_conditions(train, val, fingerprints, settings, data_dir)
+    data = prepare_data(folder, listed, settings, team)
+    conditions = describe_conditions(data, settings)
     if state:
         compare_conditions(state["conditions"], conditions)
-    loaders = build_loaders(train, val, compute, settings, team)
+    loaders = build_loaders(data, compute, settings, team)
+    from_random = start.startswith("random")
     settings = {**settings, "LEARNING_RATE": LEARNING_RATE or (1e-3 if from_random else 3e-4)}
-    unreadable = len(allowed) - len(used)
-    checks = {"initial_weights": start, "unreadable_images": unreadable, "shortcuts": shortcuts}
-    facts = collect_facts(train, val, fingerprints, settings, checks)
     print(f"Start: {start}; learning rate {settings['LEARNING_RATE']:g}, at most {EPOCHS} epochs")
-    run = Run(model, len(loaders[0]) * EPOCHS, compute, outputs, facts)
+    run = Run(model, len(loaders[0]) * EPOCHS, compute, outputs, collect_facts(data, start, settings))
     if state:
         run.restore(state)
     fit(run, loaders, conditions, team)
@@ -999,7 +1100,7 @@ def main() -> int:
     print(f"Best checkpoint   {BEST_MODEL_PATH}")
     print(f"Final checkpoint  {FINAL_MODEL_PATH}")
     print("Beside it         history.csv, learning_curves.png")
-    return 1 if unreadable else 0
+    return 1 if data.checks["unreadable_images"] or folder.problems else 0
 
 
 if __name__ == "__main__":

@@ -54,13 +54,22 @@ def parse_table(content: bytes, path: Path, encoding: str) -> tuple[list[list[st
 
 def resolve_image(base: Path, cell: str) -> str:
     """Resolve an img_path: slashes of either kind, relative to base; an absolute path stays."""
-    return os.path.normpath(os.path.join(base, cell.strip().replace("\\", "/")))
+    path = os.path.normpath(os.path.join(base, cell.strip().replace("\\", "/")))
+    return os.fsdecode(path.encode("utf-8", "surrogateescape"))  # as os.walk spells it where names are not UTF-8
 
 
-def name_recording(path: str, pattern: str) -> str:
-    """Name the recording that an image belongs to, by the image's file name."""
+def name_recording(path: str, base: Path, pattern: str) -> str:
+    """Name the recording that an image belongs to.
+
+    Args:
+        path: of the image.
+        base: the folder that holds the class folders.
+        pattern: RECORDING_PATTERN, searched in the file name without its suffix, then in the path below the class
+            folder (with forward slashes); group 1 is the recording. Without a match the file name is.
+    """
+    below = os.path.splitext(os.path.relpath(path, base).replace(os.sep, "/").partition("/")[2])[0]
     stem = os.path.splitext(os.path.basename(path))[0]
-    match = re.search(pattern, stem)
+    match = re.search(pattern, stem) or re.search(pattern, below)
     return (match and match.group(1)) or stem
 
 

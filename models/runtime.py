@@ -192,6 +192,26 @@ def list_versions() -> dict[str, str]:
 # ---- Files
 
 
+def find_files(root: Path) -> tuple[list[str], list[str]]:
+    """Find the files at any depth below a folder, past hidden ones; a folder that links lead to is entered once.
+
+    Returns:
+        Their paths, folder by folder in order; a reason for each folder that cannot be read.
+    """
+    files, problems, entered = [], [], {os.path.realpath(root)}
+
+    def is_new(folder: str) -> bool:
+        known = len(entered)
+        entered.add(os.path.realpath(folder))
+        return len(entered) > known
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=lambda error: problems.append(str(error))):
+        visible = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in visible if is_new(os.path.join(folder, name))]
+        files += [os.path.join(folder, name) for name in sorted(names) if not name.startswith(".")]
+    return files, problems
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole: after a crash at any moment the old content or the new one is there."""
     path = Path(os.path.realpath(path))  # a symbolic link stays one
