@@ -1,0 +1,385 @@
+"""The images of a training run: found, read once, held out, split by recording or source, checked for shortcuts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter, defaultdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+from torchvision.datasets import ImageFolder
+
+from models import detector, runtime
+from models.detector import CLASSES, name_recording
+from models.pixel_cache import LOOKS, PixelCache
+from models.runtime import Team
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+MIN_SOURCES = 5  # with fewer, holding out whole ones for validation would cost training too much
+FOLDER_PATTERN = r"^(.*/[^/]+?)(?:__[^/]*)?$"  # as RECORDING_PATTERN it tells equal names in two folders apart
+
+
+class Data(NamedTuple):
+    """The images of a run."""
+
+    train: Subset
+    val: Subset
+    fingerprints: dict[str, int]  # of the pixels of the images used, by path
+    checks: dict  # results of checks, by the names that the checkpoint gives them
+
+
+# ---- Images
+
+
+class SpectrogramFolder(ImageFolder):
+    """An ImageFolder of the classes in CLASSES, whatever else lies beside them; its pixels come from a cache.
+
+    Attributes:
+        problems: a reason for each folder that cannot be read.
+        ignored: number of files that are not images of SUFFIXES, by suffix.
+    """
+
+    cache: PixelCache
+
+    def __init__(self, root: Path) -> None:
+        self.problems: list[str] = []
+        self.ignored: Counter[str] = Counter()
+        super().__init__(str(root), allow_empty=True)
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = [name.lower() for name in CLASSES]
+        return names, {name: index for index, name in enumerate(names)}
+
+    def make_dataset(self, directory: str, class_to_idx: dict[str, int], *_, **__) -> list[tuple[str, int]]:  # noqa: ANN002
+        samples = []
+        for name, index in class_to_idx.items():
+            files, problems = runtime.find_files(find_class_dir(Path(directory), name))
+            self.problems += problems
+            samples += [(path, index) for path in files if path.lower().endswith(SUFFIXES)]
+            self.ignored.update(
+                os.path.splitext(path)[1].lower() for path in files if not path.lower().endswith(SUFFIXES)
+            )
+        return samples
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, label = self.samples[index]
+        return self.cache.read(path), label
+
+
+def find_class_dir(data_dir: Path, name: str) -> Path:
+    """Find a class folder, whose name may differ in case.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    if not data_dir.is_dir():
+        raise ValueError(f"folder not found: {data_dir} (DATA_DIR)")
+    folders = [entry.name for entry in data_dir.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__"))]
+    alike = [folder for folder in folders if folder.lower() == name]
+    if len(alike) != 1 and name not in alike:
+        found = ", ".join(sorted(folders)) or "no folder"
+        raise ValueError(
+            f"folder not found: {data_dir / name} (DATA_DIR must hold a folder for each class; it holds {found})"
+        )
+    return data_dir / (name if name in alike else alike[0])
+
+
+def find_images(data_dir: Path) -> SpectrogramFolder:
+    """Index the images below the class folders, and print how many each folder holds.
+
+    Raises:
+        ValueError: a class folder is missing, or holds fewer than two images.
+    """
+    folder = SpectrogramFolder(data_dir)
+    for index, name in enumerate(folder.classes):
+        if (count := folder.targets.count(index)) < 2:
+            raise ValueError(f"{count} images below {data_dir / name}: two are needed ({' '.join(SUFFIXES)})")
+    others = sorted(entry.name for entry in data_dir.iterdir() if entry.is_dir())
+    others = [name for name in others if name.lower() not in folder.classes and not name.startswith((".", "__"))]
+    if others:
+        print(f"Folders below {data_dir} that are not a class and are ignored: {', '.join(others)}")
+    if folder.ignored:
+        kinds = ", ".join(
+            f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(folder.ignored.items())
+        )
+        print(f"Ignored files in the class folders: {kinds} (images are {' '.join(SUFFIXES)})")
+    for problem in folder.problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    print(f"Images below {data_dir}:")
+    counts = Counter(os.path.relpath(os.path.dirname(path), data_dir) for path, _ in folder.samples)
+    for name, count in sorted(counts.items()):
+        print(f"  {name:<38} {count:>9,}")
+    return folder
+
+
+def read_all_images(cache: PixelCache, paths: list[str], workers: int, team: Team) -> None:
+    """Decode every image once on each machine: which are unreadable, and which show the same?"""
+    if team.local_rank == 0:
+        cache.read_all(paths, workers)
+    results = team.gather((cache.entries, cache.reasons) if team.local_rank == 0 else None)
+    cache.entries, cache.reasons = results[team.rank - team.local_rank]
+
+
+# ---- Hold-out and split
+
+
+def list_holdout(csv_paths: list[Path], data_dir: Path, encoding: str) -> list[str]:
+    """List the images, as absolute paths, that the hold-out CSVs name.
+
+    Raises:
+        ValueError: a list is missing or unusable.
+    """
+    listed = []
+    for path in csv_paths:
+        if not path.is_file():
+            raise ValueError(
+                f"hold-out list not found: {path}; correct HOLDOUT_CSVS, or set HOLDOUT_CSVS = [] "
+                "to train on every image"
+            )
+        (header, *rows), _ = detector.parse_table(path.read_bytes(), path, encoding)
+        column = header.index("img_path")
+        cells = (row[column] for row in rows if len(row) > column)
+        listed += [detector.resolve_image(data_dir, cell) for cell in cells if cell.strip()]
+    return listed
+
+
+def leave_out_holdout(folder: SpectrogramFolder, listed: list[str], pattern: str) -> list[str]:
+    """Leave out what is listed for testing, copies of it under other names, and its recordings.
+
+    Args:
+        listed: the images that the hold-out CSVs name.
+        pattern: RECORDING_PATTERN.
+
+    Returns:
+        The paths of the images that may be used.
+
+    Raises:
+        ValueError: all images of a class are held out.
+    """
+    held, entries = set(listed), folder.cache.entries
+    held_pixels = {entries[path].fingerprint for path in held if path in entries}
+    held_recordings = {name_recording(path, folder.root, pattern) for path in held}
+    kept, counts = [], Counter()
+    for path, label in folder.samples:
+        if path in held:
+            counts["listed"] += 1
+        elif path in entries and entries[path].fingerprint in held_pixels:
+            counts["copies"] += 1
+        elif name_recording(path, folder.root, pattern) in held_recordings:
+            counts["relatives"] += 1
+        else:
+            kept.append(path)
+            counts[label] += 1
+    if held:
+        print(
+            f"Held out: {counts['listed']:,} of {len(held):,} listed images, {counts['copies']:,} copies of listed "
+            f"images under other names, {counts['relatives']:,} other images of their recordings"
+        )
+    if unseen := sum(path not in entries for path in held):
+        print(f"Warning: {unseen:,} listed images are missing or unreadable: copies of them cannot be recognised")
+    empty = [
+        f"{folder.targets.count(index):,} images of class {CLASSES[index]}" for index in (0, 1) if not counts[index]
+    ]
+    if empty:
+        raise ValueError(f"all {' and all '.join(empty)} are held out (see HOLDOUT_CSVS and RECORDING_PATTERN)")
+    return kept
+
+
+def leave_out_unreadable(paths: list[str], reasons: dict[str, str], limit: float, rank: int) -> list[str]:
+    """Leave out, and name, the images that could not be read.
+
+    Args:
+        reasons: {unreadable path: why}.
+
+    Raises:
+        ValueError: they are more than `limit`, a fraction of all.
+    """
+    unreadable = [path for path in paths if path in reasons]
+    for path in unreadable if rank == 0 else ():
+        print(f"left out, unreadable: {path}: {reasons[path]}", file=sys.stderr)
+    if len(unreadable) > limit * len(paths):
+        raise ValueError(
+            f"{len(unreadable)} of {len(paths)} images are unreadable, more than MAX_UNREADABLE = {limit}; "
+            f"the first: {unreadable[0]}: {reasons[unreadable[0]]}"
+        )
+    return [path for path in paths if path not in reasons]
+
+
+def find_sources(paths: list[str], labels: list[int], data_dir: str) -> list[str]:
+    """Find the source of each image: a sub-folder (of a class folder, or of combined/ in it) that both classes have.
+
+    What genuine and fake speech of one source differ in is how it was made, not voice, text or channel.
+
+    Returns:
+        The name of the sub-folder; "" where an image is in none, or in one that the other class lacks.
+    """
+    names, classes = [], defaultdict(set)
+    for path, label in zip(paths, labels):
+        _, *folders = os.path.relpath(os.path.dirname(path), data_dir).split(os.sep)
+        folders = folders[1:] if folders[:1] == ["combined"] else folders
+        names.append(folders[0] if folders else "")
+        classes[names[-1]].add(label)
+    return [name if name and len(classes[name]) == len(CLASSES) else "" for name in names]
+
+
+def group_images(*namings: list) -> np.ndarray:
+    """Number the groups of images that must stay on one side of the split: those that share a name in any naming.
+
+    Args:
+        namings: each a list of hashable names, one per image: of recordings, of pixels, of sources.
+
+    Returns:
+        int array, shape (images,): the group of each image, from 0.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    ids: dict[tuple, int] = {}
+    nodes = [[ids.setdefault((which, name), len(ids)) for name in names] for which, names in enumerate(namings)]
+    edges = (np.tile(nodes[0], len(nodes) - 1), np.concatenate(nodes[1:]))
+    graph = coo_matrix((np.ones(len(edges[0]), np.int8), edges), shape=(len(ids), len(ids)))
+    return connected_components(graph, directed=False)[1][nodes[0]]
+
+
+def split_by_recording(groups: np.ndarray, labels: np.ndarray, val_fraction: float, seed: int) -> np.ndarray:
+    """Draw whole groups for validation until each class has its fraction there.
+
+    Args:
+        groups: int, shape (images,), as `group_images` returns them; labels: class indices, same order.
+
+    Returns:
+        bool array, shape (images,): True for validation.
+
+    Raises:
+        ValueError: a class has no image on one of the sides.
+    """
+    counts = np.zeros((groups.max() + 1, len(CLASSES)), int)
+    np.add.at(counts, (groups, labels), 1)
+    missing = np.maximum(1, val_fraction * counts.sum(axis=0)).tolist()
+    in_val = np.zeros(len(counts), bool)
+    order = np.random.default_rng(seed).permutation(len(counts))
+    for group, sizes in zip(order.tolist(), counts[order].tolist()):
+        rest = [wanted - size for wanted, size in zip(missing, sizes)]
+        if sum(map(abs, rest)) < sum(map(abs, missing)):
+            in_val[group], missing = True, rest
+    for index in range(len(CLASSES)):  # few, large recordings: take the smallest one
+        if not counts[in_val, index].any():
+            candidates = np.flatnonzero(counts[:, index])
+            in_val[candidates[counts[candidates].sum(axis=1).argmin()]] = True
+    if not (counts[in_val].any(axis=0) & counts[~in_val].any(axis=0)).all():
+        raise ValueError(
+            "too few recordings to split: each class needs at least two (a file's name up to '__' names its "
+            "recording; see RECORDING_PATTERN)"
+        )
+    return in_val[groups]
+
+
+def split_images(folder: SpectrogramFolder, paths: list[str], settings: dict) -> tuple[Subset, Subset, Optional[dict]]:
+    """Split the chosen images into training and validation, print what each side holds, and check for shortcuts.
+
+    Where there are enough sources, whole ones are held out for validation, else whole recordings.
+
+    Returns:
+        Both sides, and what `check_shortcuts` found.
+
+    Raises:
+        ValueError: a class has too few recordings.
+    """
+    chosen = set(paths)
+    indices = np.array([i for i, (path, _) in enumerate(folder.samples) if path in chosen])
+    labels = np.array([folder.targets[i] for i in indices])
+    entries = [folder.cache.entries[path] for path in paths]
+    fingerprints = [entry.fingerprint for entry in entries]
+    recordings = [name_recording(path, folder.root, settings["RECORDING_PATTERN"]) for path in paths]
+    report_names(paths, recordings, fingerprints, labels)
+    groups = group_images(recordings, fingerprints)
+    shortcuts = check_shortcuts(np.array([entry.looks for entry in entries], np.float32), labels, groups)
+    sources = find_sources(paths, labels.tolist(), folder.root)
+    if count := len({*sources} - {""}):
+        by_source = count >= MIN_SOURCES
+        print(
+            f"{count} sources with both classes; validation holds out whole {'sources' if by_source else 'recordings'}"
+        )
+        if by_source:
+            groups = group_images(recordings, fingerprints, [source or path for source, path in zip(sources, paths)])
+    in_val = split_by_recording(groups, labels, settings["VAL_FRACTION"], settings["SEED"])
+    for side, mask in (("Training", ~in_val), ("Validation", in_val)):
+        counts = []
+        for index, name in enumerate(CLASSES):
+            members = np.flatnonzero(mask & (labels == index))
+            counts.append(f"{len(members):,} {name} images ({len({recordings[i] for i in members}):,} recordings)")
+        print(f"{side}: {', '.join(counts)}")
+    return Subset(folder, indices[~in_val].tolist()), Subset(folder, indices[in_val].tolist()), shortcuts
+
+
+def report_names(paths: list[str], recordings: list[str], fingerprints: list[int], labels: np.ndarray) -> None:
+    """Print how recordings are named, which file names repeat in several folders, and which images are identical."""
+    names = sorted(set(recordings))
+    print(f"Recordings are named like: {', '.join(names[:: max(1, len(names) // 3)][:3])}")
+    folders = defaultdict(set)
+    for path, recording in zip(paths, recordings):
+        folders[os.path.basename(path), recording].add(os.path.dirname(path))
+    if repeated := [name for name, _ in folders if len(folders[name, _]) > 1]:
+        print(
+            f"Warning: {len(repeated):,} file names, such as {repeated[0]}, are in several folders and count as one "
+            f'recording each; RECORDING_PATTERN = r"{FOLDER_PATTERN}" takes the folder in'
+        )
+    if repeated := len(paths) - len(set(fingerprints)):
+        in_both = len(set(zip(fingerprints, labels.tolist()))) - len(set(fingerprints))
+        print(f"Identical images: {repeated:,} repeat another and stay on its side; {in_both:,} are in both classes")
+
+
+def check_shortcuts(looks: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Optional[dict[str, float]]:
+    """Check whether image size or brightness alone predicts the class, and warn if so.
+
+    Args:
+        looks: float32, shape (images, 4), as LOOKS names them; labels: class indices; groups: as `group_images`.
+
+    Returns:
+        {feature, or "all together": area under the ROC curve of a logistic regression, cross-validated by group, 0.5 to
+        1}; None where there are too few groups.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    folds = min(5, *(len(np.unique(groups[labels == label])) for label in range(len(CLASSES))))
+    if folds < 2:
+        return None
+    regression = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
+    split = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    predict = partial(cross_val_predict, regression, y=labels, groups=groups, cv=split, method="decision_function")
+    columns = {**{name: [number] for number, name in enumerate(LOOKS)}, "all together": slice(None)}
+    results = {
+        name: max(0.5, float(roc_auc_score(labels, predict(looks[:, chosen])))) for name, chosen in columns.items()
+    }
+    predictive = [f"{name} {auc:.2f}" for name, auc in results.items() if auc > detector.SHORTCUT_AUC]
+    if predictive:
+        print(
+            f"WARNING: image size or brightness alone predicts the class (AUC: {', '.join(predictive)}): the network "
+            "may learn that instead of the voice"
+        )
+    return results
+
+
+def prepare_data(folder: SpectrogramFolder, listed: list[str], settings: dict, team: Team) -> Data:
+    """Read every image once, leave out what is held out or unreadable, and split the rest.
+
+    Raises:
+        ValueError: too many images are unreadable, or too few are left.
+    """
+    paths = [path for path, _ in folder.samples]
+    elsewhere = [path for path in dict.fromkeys(listed) if path not in set(paths) and os.path.isfile(path)]
+    read_all_images(folder.cache, [*paths, *elsewhere], runtime.choose_workers(settings["WORKERS"]), team)
+    allowed = leave_out_holdout(folder, listed, settings["RECORDING_PATTERN"])
+    used = leave_out_unreadable(allowed, folder.cache.reasons, settings["MAX_UNREADABLE"], team.rank)
+    train, val, shortcuts = split_images(folder, used, settings)
+    fingerprints = {path: folder.cache.entries[path].fingerprint for path in used}
+    return Data(train, val, fingerprints, {"unreadable_images": len(allowed) - len(used), "shortcuts": shortcuts})
