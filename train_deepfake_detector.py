@@ -54,9 +54,7 @@ BEST_MODEL_PATH = Path("models/experiments/best_laundered_processed.pth")
 FINAL_MODEL_PATH = Path("models/experiments/final_laundered_processed.pth")
 CACHE_DIR = Path("models/cache")  # decoded images; may be deleted at any time
 # Data
-RECORDING_PATTERN = (
-    r"^([^/]+?)__[^/]*$"  # group 1 names the recording: in the file name, else in the path below the class
-)
+RECORDING_PATTERN = r"^([^/]+?)__[^/]*$"  # group 1 names the recording: in the file name, else in the path to it
 IMAGE_SIZE = 224  # pixels, width and height of the network's input; 32 or more
 VAL_FRACTION = 0.12  # fraction of the images used for validation; between 0 and 1
 MAX_UNREADABLE = 0.01  # fraction of the images that may be unreadable before the run stops; 0 to 1
@@ -256,7 +254,7 @@ def get_initial_weights(pretrained: Optional[str], here: Path) -> tuple[Optional
     if pretrained not in ResNet18_Weights.__members__:
         path = here / pretrained
         if not path.is_file():
-            names = ", ".join(ResNet18_Weights.__members__)
+            names = ", ".join(weights.name for weights in ResNet18_Weights)
             raise ValueError(f"PRETRAINED: no file {path} (allowed: {names}, the path of a .pth, or None)")
         return detector.find_weights(detector.load_content(path), path), f"file {path.name}"
     try:

@@ -200,13 +200,13 @@ def leave_out_unreadable(paths: list[str], reasons: dict[str, str], limit: float
         ValueError: they are more than `limit`, a fraction of all.
     """
     unreadable = [path for path in paths if path in reasons]
-    for path in unreadable if rank == 0 else ():
-        print(f"left out, unreadable: {path}: {reasons[path]}", file=sys.stderr)
     if len(unreadable) > limit * len(paths):
         raise ValueError(
             f"{len(unreadable)} of {len(paths)} images are unreadable, more than MAX_UNREADABLE = {limit}; "
             f"the first: {unreadable[0]}: {reasons[unreadable[0]]}"
         )
+    for path in unreadable if rank == 0 else ():
+        print(f"left out, unreadable: {path}: {reasons[path]}", file=sys.stderr)
     return [path for path in paths if path not in reasons]
 
 

@@ -1,11 +1,12 @@
-"""One helper that runs a script as its users do, and one fixture that makes a small set of images."""
+"""Helpers that run a script as its users do, and fixtures that make a small set of images."""
 
 import contextlib
 import csv
-import importlib.util
 import io
+import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,12 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import pytest
-from PIL import Image
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks: more threads only wait for each other
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
@@ -34,13 +38,16 @@ class Outcome(NamedTuple):
 
 
 def copy_script(folder: Path, script: str, **constants: object) -> Path:
-    """Copy a script into a folder and edit its constants there, as a user would."""
+    """Copy a script into a folder, beside the modules that it imports, and edit its constants, as a user would."""
     text = (ROOT / script).read_text(encoding="utf-8")
     for name, value in constants.items():
         text, count = re.subn(rf"^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", text, flags=re.MULTILINE)
         assert count == 1, f"{script} has {count} lines '{name} = '"
     text = re.sub(r"\b(Posix|Windows)Path\(", "Path(", text)
-    target = folder / Path(script).name
+    for module in (*ROOT.glob("models/*.py"), *ROOT.glob("data/*.py")):
+        (folder / module.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(module, folder / module.parent.name)
+    target = folder / script
     target.write_text(text, encoding="utf-8")
     return target
 
@@ -56,20 +63,38 @@ def run_process(folder: Path, script: str, env: dict = None, cwd: Path = None, *
 
 def run(folder: Path, script: str, **constants: object) -> Outcome:
     """Run an edited copy of a script in this process: the same, but without seconds of imports."""
-    spec = importlib.util.spec_from_file_location("edited_copy", copy_script(folder, script, **constants))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["edited_copy"] = module  # NamedTuple and pickle look their module up
+    target = copy_script(folder, script, **constants)
     out, err = io.StringIO(), io.StringIO()
-    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
-    sys.argv = [str(folder / script)]
+    argv, handler, path = sys.argv, signal.getsignal(signal.SIGTERM), list(sys.path)
+    sys.argv = [str(target)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            spec.loader.exec_module(module)
-            status = module.run_script()
+            runpy.run_path(str(target), run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code
     finally:
-        sys.argv = argv
+        sys.argv, sys.path[:] = argv, path
         signal.signal(signal.SIGTERM, handler)
     return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    """Assert that a script ended with status 2 and one line on standard error that holds these words."""
+    assert outcome.status == 2, outcome
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    for word in words:
+        assert word in outcome.err, outcome.err
+
+
+def read_summary(folder: Path) -> list:
+    """Read the summary that the evaluator wrote beside test_data/test.csv."""
+    return json.loads((folder / "test_data/aggregate_test_reports.json").read_text(encoding="utf-8"))
+
+
+def read_checkpoint(folder: Path, kind: str = "best") -> dict:
+    """Read the best or final checkpoint."""
+    return torch.load(folder / f"models/experiments/{kind}_laundered_processed.pth", weights_only=True)
 
 
 def make_image(path: Path, seed: int, fake: bool, size: int = 40) -> None:

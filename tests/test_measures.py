@@ -1,11 +1,9 @@
 """Measures, intervals, calibration and score files against independent references."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from conftest import EVALUATOR, make_image, read_csv, run, write_csv
+from conftest import EVALUATOR, make_image, read_csv, read_summary, run, write_csv
 from PIL import Image
 
 import evaluate_deepfake_model as evaluator
@@ -49,7 +47,6 @@ def test_measures_equal_their_definitions(bona_fide, spoof):
 def test_measures_of_a_large_and_uneven_set():
     llr, is_fake = draw_scores(900, 90_000)
     measures = evaluator.measure(llr, is_fake)
-    misses, alarms = [1 - np.searchsorted(-np.sort(-llr[~is_fake])[::-1], llr, "right") / 900 for _ in range(2)]
     target, nontarget = np.sort(llr[~is_fake]), np.sort(llr[is_fake])
     misses = np.searchsorted(target, np.sort(llr), "right") / 900
     alarms = 1 - np.searchsorted(nontarget, np.sort(llr), "right") / 90_000
@@ -157,7 +154,7 @@ def test_score_file_and_key_have_the_form_of_asvspoof(judged):
     for name, score in scores[:6]:
         assert 1 / (1 + np.exp(float(score))) == pytest.approx(verdicts[name], abs=1e-6)
     llr = np.array([float(score) for _, score in scores[:6]])
-    (entry,) = json.loads((judged / "test_data/aggregate_test_reports.json").read_text())
+    (entry,) = read_summary(judged)
     assert entry["rows_measured"] == 7
     assert entry["before_calibration"]["cllr"] is not None
     assert evaluator.measure(llr, np.arange(6) < 3)["eer"] is not None
@@ -198,7 +195,7 @@ def test_report_breaks_down_by_condition_worst_first(judged):
             rows.append([f"{kind}/combined/{kind[0]}{number}__clean_1.png", kind, source, condition])
     write_csv(judged / "test_data/test.csv", rows)
     assert run(judged, EVALUATOR).status == 0
-    (entry,) = json.loads((judged / "test_data/aggregate_test_reports.json").read_text())
+    (entry,) = read_summary(judged)
     parts = entry["by_condition"]
     assert [part["column"] for part in parts] == ["source"] * 4 + ["condition"] * 2
     for column in ("source", "condition"):
@@ -222,7 +219,7 @@ def test_images_seen_in_training_are_found_under_any_name(judged):
     rows += [[f"{kind}/combined/{kind[0]}{n}__clean_1.png", kind] for kind in ("deepfake", "original") for n in (0, 1)]
     write_csv(judged / "test_data/test.csv", rows)
     assert run(judged, EVALUATOR).status == 0
-    (entry,) = json.loads((judged / "test_data/aggregate_test_reports.json").read_text())
+    (entry,) = read_summary(judged)
     assert (entry["seen"]["rows_as_image"], entry["seen"]["rows_as_recording"]) == (1, 1)
     assert entry["seen"]["without_them"]["rows_measured"] == 4
     assert "1 rows as image, 1 more by another image of their recording" in entry["report"]
@@ -231,7 +228,7 @@ def test_images_seen_in_training_are_found_under_any_name(judged):
 
 def test_test_set_of_the_split_is_not_seen(judged):
     run(judged, EVALUATOR)
-    (entry,) = json.loads((judged / "test_data/aggregate_test_reports.json").read_text())
+    (entry,) = read_summary(judged)
     assert entry["seen"] == {"rows_as_image": 0, "rows_as_recording": 0, "without_them": None}
 
 
@@ -241,6 +238,6 @@ def test_checkpoint_that_does_not_say_what_it_saw_is_doubted(judged):
     del checkpoint["seen_images"], checkpoint["seen_recordings"]
     torch.save(checkpoint, path)
     run(judged, EVALUATOR)
-    (entry,) = json.loads((judged / "test_data/aggregate_test_reports.json").read_text())
+    (entry,) = read_summary(judged)
     assert entry["seen"] is None
     assert "nobody checked whether" in entry["report"].replace("\n", " ")

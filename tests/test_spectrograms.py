@@ -8,7 +8,7 @@ import zlib
 import make_spectrograms as maker
 import numpy as np
 import pytest
-from conftest import MAKER, run, run_process
+from conftest import MAKER, assert_refused, run, run_process
 from PIL import Image
 from scipy.io import wavfile
 
@@ -183,9 +183,7 @@ def test_images_of_another_format_are_never_mixed_in(tmp_path, other, reason):
         Image.new("L", (224, 224)).save(tmp_path / "images/a__clean.png")
     before = {path: path.read_bytes() for path in (tmp_path / "images").iterdir()}
     outcome = run(tmp_path, MAKER, **FOLDERS)
-    assert outcome.status == 2
-    assert len(outcome.err.splitlines()) == 1
-    assert reason in outcome.err
+    assert_refused(outcome, reason)
     assert {path: path.read_bytes() for path in (tmp_path / "images").iterdir()} == before
 
 
@@ -202,8 +200,7 @@ def test_two_files_of_one_name_are_an_error_not_a_loss(tmp_path):
     for folder in ("x", "y"):
         write_wav(tmp_path / f"audio/{folder}/a.wav", make_tone(1000, 1.9))
     outcome = run(tmp_path, MAKER, **FOLDERS)
-    assert outcome.status == 2
-    assert "would make the same image" in outcome.err
+    assert_refused(outcome, "would make the same image")
 
 
 def test_flac_without_soundfile_is_a_clear_line(tmp_path, monkeypatch):
@@ -211,9 +208,7 @@ def test_flac_without_soundfile_is_a_clear_line(tmp_path, monkeypatch):
     (tmp_path / "audio/b.flac").write_bytes(b"fLaC")
     monkeypatch.setitem(sys.modules, "soundfile", None)
     outcome = run(tmp_path, MAKER, **FOLDERS)
-    assert outcome.status == 2
-    assert "pip install soundfile" in outcome.err
-    assert len(outcome.err.splitlines()) == 1
+    assert_refused(outcome, "pip install soundfile")
 
 
 def test_flac_is_read_like_wav(tmp_path):
@@ -237,8 +232,7 @@ def test_flac_is_read_like_wav(tmp_path):
 def test_wrong_settings_are_named(tmp_path, constants):
     write_wav(tmp_path / "audio/a.wav", make_tone(1000, 1.9))
     outcome = run(tmp_path, MAKER, **{**FOLDERS, **constants})
-    assert outcome.status == 2
-    assert len(outcome.err.splitlines()) == 1
+    assert_refused(outcome)
     for name in constants:
         assert name in outcome.err
 
@@ -246,7 +240,7 @@ def test_wrong_settings_are_named(tmp_path, constants):
 def test_folder_without_audio_is_an_error(tmp_path):
     (tmp_path / "audio").mkdir()
     outcome = run(tmp_path, MAKER, **FOLDERS)
-    assert outcome.status == 2
+    assert_refused(outcome)
     assert "no .wav, .flac, .ogg or .mp3 file below it" in outcome.err
 
 

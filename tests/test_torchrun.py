@@ -13,6 +13,7 @@ import torch
 from conftest import EVALUATOR, QUICK, TRAINER, copy_script, make_project, read_csv, run
 
 import train_deepfake_detector as trainer
+from models.runtime import Team
 
 MODELS = "models/experiments"
 EXACT = {**QUICK, "EPOCHS": 2, "PRECISION": "float32"}
@@ -20,29 +21,30 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 PLAIN = """
 import sys, torch
 import train_deepfake_detector as trainer
-from functools import partial
+from models import runtime
 trainer.augment = lambda images, **_: images
-build = trainer.build_optimisation
-def plain_sgd(model, *rest):
-    return build(model, *rest)._replace(optimizer=torch.optim.SGD(model.parameters(), 0.01), schedule=Steady())
+begin = trainer.Run.__init__
+def begin_plainly(run, model, *rest):
+    begin(run, model, *rest)
+    run.optimizer, run.schedule = torch.optim.SGD(model.parameters(), 0.01), Steady()
 class Steady:
     def get_last_lr(self): return [0.01]
     def step(self): pass
     def state_dict(self): return {}
-trainer.build_optimisation = plain_sgd
+trainer.Run.__init__ = begin_plainly
 train_mode = torch.nn.Module.train
 torch.nn.BatchNorm2d.train = lambda self, mode=True: train_mode(self, False)
 add = trainer.add_gradients
-def tell(model, *rest):
-    total = add(model, *rest)
-    share = total.clone()
+def tell(*arguments):
+    total = add(*arguments)
+    mean = total.clone()
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(share)
-        share /= torch.distributed.get_world_size()
-    print(f"loss {share.item():.9f}", flush=True)
+        torch.distributed.all_reduce(mean)
+        mean /= torch.distributed.get_world_size()
+    print(f"loss {mean.item():.9f}", flush=True)
     return total
 trainer.add_gradients = tell
-sys.exit(trainer.run_script())
+sys.exit(runtime.run_script(trainer.main, "", ""))
 """
 
 
@@ -61,17 +63,18 @@ def launch_file(folder, name, processes, *options):
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("images", [8, 21, 33])
 def test_every_image_is_in_exactly_one_part(images, processes):
-    alone = trainer.Batches(images, 8, trainer.Team())
+    alone = trainer.Batches(images, 8, Team())
     alone.generator.manual_seed(3)
     whole = list(alone)
-    parts = [trainer.Batches(images, 8, trainer.Team(rank, processes)) for rank in range(processes)]
+    parts = [trainer.Batches(images, 8, Team(rank, processes)) for rank in range(processes)]
     for part in parts:
         part.generator.manual_seed(3)
     for batch, *shares in zip(whole, *parts):
         assert sorted(batch) == sorted(sum(shares, []))
     values = torch.arange(images)
-    joined = trainer.join_parts([(values[rank::processes],) for rank in range(processes)])
-    assert joined[0].tolist() == values.tolist()
+    logits = torch.stack([values, values + 1], dim=1).float()
+    joined = trainer.join_parts([(logits[rank::processes], values[rank::processes]) for rank in range(processes)])
+    assert [part.tolist() for part in joined] == [logits.tolist(), values.tolist()]
 
 
 @pytest.mark.slow
@@ -105,7 +108,7 @@ def test_training_writes_once_and_resumes_with_another_number_of_processes(tmp_p
         lines.append(running.stdout.readline())
         assert running.poll() is None, running.stderr.read()
     assert sum(line.startswith("epoch 1") for line in lines) == 1
-    assert any("2 processes; batch normalisation: each its own statistics" in line for line in lines)
+    assert any("2 processes; batch normalisation: each process its own statistics" in line for line in lines)
     children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     started = time.monotonic()
@@ -115,11 +118,11 @@ def test_training_writes_once_and_resumes_with_another_number_of_processes(tmp_p
     assert "exitcode" in err
     state = trainer.load_state(folder / MODELS / "resume_state.pth")
     epochs = len(state["history"])
-    state["run"]["EPOCHS"] = epochs + 1
+    state["conditions"]["EPOCHS"] = epochs + 1
     torch.save(state, folder / MODELS / "resume_state.pth")
     outcome = run(folder, TRAINER, **{**EXACT, "EPOCHS": epochs + 1, "PATIENCE": 300})
     assert outcome.status == 0, outcome.err
-    assert f"Going on after epoch {epochs}" in outcome.out
+    assert f"Resuming after epoch {epochs}" in outcome.out
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.chaos import damage_checkpoint
-from conftest import EVALUATOR, QUICK, TRAINER, read_csv, run, run_process
+from conftest import EVALUATOR, QUICK, TRAINER, assert_refused, read_csv, run, run_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -151,8 +151,7 @@ def test_report_never_overwrites_an_image_or_another_csv(judged):
     shutil.copy(judged / "data/original/combined/o0__clean_1.png", judged / "test_data/test.png")
     (judged / "test_data/test.csv").write_text("img_path,actual_output\n../test_data/test.png,Original\n")
     outcome = run(judged, EVALUATOR, WORKERS=0)
-    assert outcome.status == 2
-    assert "would overwrite" in outcome.err
+    assert_refused(outcome, "would overwrite")
     (judged / "test_data/test.csv").write_text("img_path\noriginal/combined/o0__clean_1.png\n")
     (judged / "test_data/test_recordings.csv").write_text("img_path\noriginal/combined/o0__clean_1.png\n")
     outcome = run(judged, EVALUATOR, WORKERS=0, CSV_FILES=["test_data/test.csv", "test_data/test_recordings.csv"])

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, TRAINER, run, run_process
-from torchvision.models import resnet18
+from conftest import QUICK, TRAINER, assert_refused, read_checkpoint, run, run_process
+from torchvision.models import Weights, WeightsEnum, resnet18
 
 import train_deepfake_detector as trainer
-
-CPU = trainer.Compute(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +56,11 @@ def server(weights_file):
         web.shutdown()
 
 
+def make_weights(url):
+    """A member of an enumeration of weights, as torchvision's, that lie at this address."""
+    return WeightsEnum("LocalWeights", {"V1": Weights(url=url, transforms=None, meta={})}).V1
+
+
 def same_weights(state, path):
     expected = torch.load(path, weights_only=True)
     return all(torch.equal(state[name], expected[name]) for name in expected)
@@ -65,36 +68,36 @@ def same_weights(state, path):
 
 def test_cached_weights_are_used_without_a_connection(cache, weights_file):
     (cache / weights_file.name).write_bytes(weights_file.read_bytes())
-    assert same_weights(trainer.fetch_weights(f"http://127.0.0.1:9/{weights_file.name}", 1), weights_file)
+    assert same_weights(trainer.fetch_weights(make_weights(f"http://127.0.0.1:9/{weights_file.name}"), 1), weights_file)
 
 
 def test_missing_weights_are_downloaded_into_the_cache(cache, weights_file, server):
-    assert same_weights(trainer.fetch_weights(f"{server}/{weights_file.name}", 5), weights_file)
+    assert same_weights(trainer.fetch_weights(make_weights(f"{server}/{weights_file.name}"), 5), weights_file)
     assert (cache / weights_file.name).read_bytes() == weights_file.read_bytes()
 
 
 def test_damaged_cache_is_noticed_and_downloaded_again(cache, weights_file, server, capsys):
     (cache / weights_file.name).write_bytes(weights_file.read_bytes()[:1000])
-    assert same_weights(trainer.fetch_weights(f"{server}/{weights_file.name}", 5), weights_file)
-    assert "is damaged; it is downloaded again" in capsys.readouterr().out
+    assert same_weights(trainer.fetch_weights(make_weights(f"{server}/{weights_file.name}"), 5), weights_file)
+    assert "is damaged; downloading it again" in capsys.readouterr().out
 
 
 def test_damaged_download_is_refused_and_leaves_no_file(cache, weights_file, server):
     with pytest.raises(RuntimeError, match="invalid hash"):
-        trainer.fetch_weights(f"{server}/damaged/{weights_file.name}", 5)
+        trainer.fetch_weights(make_weights(f"{server}/damaged/{weights_file.name}"), 5)
     assert not list(cache.iterdir())
 
 
 def test_refused_download_raises(cache, weights_file, server):
     with pytest.raises(OSError, match="404"):
-        trainer.fetch_weights(f"{server}/missing/{weights_file.name}", 5)
+        trainer.fetch_weights(make_weights(f"{server}/missing/{weights_file.name}"), 5)
 
 
 def test_silent_server_ends_the_attempt(cache, weights_file):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/{weights_file.name}"
         with pytest.raises(OSError, match="timed out"):
-            trainer.fetch_weights(url, 0.5)
+            trainer.fetch_weights(make_weights(url), 0.5)
     assert socket.getdefaulttimeout() is None
 
 
@@ -104,8 +107,8 @@ def test_unreachable_weights_are_said_loudly_and_recorded(project):
     outcome = run_process(project, TRAINER, env=env, **{**QUICK, "PRETRAINED": "IMAGENET1K_V1"})
     assert outcome.status == 0, outcome.err
     assert "WARNING: NO PRETRAINED WEIGHTS" in outcome.out
-    checkpoint = torch.load(project / "models/experiments/best_laundered_processed.pth", weights_only=True)
-    assert checkpoint["initial_weights"].startswith("random (IMAGENET1K_V1 could not be had: ")
+    checkpoint = read_checkpoint(project)
+    assert checkpoint["initial_weights"].startswith("random (IMAGENET1K_V1 could not be downloaded: ")
     assert checkpoint["settings"]["LEARNING_RATE"] == 1e-3
 
 
@@ -116,24 +119,29 @@ def test_weights_from_a_path_fill_all_but_the_head(weights_file, tmp_path, kind)
         state = {f"module.{name}": tensor for name, tensor in state.items()}
     torch.save({"state_dict": state} if kind == "checkpoint" else state, tmp_path / "w.pth")
     initial, words = trainer.get_initial_weights("w.pth", tmp_path)
-    model = trainer.build_model(initial, CPU)
+    model = trainer.start_model(initial)
     expected = torch.load(weights_file, weights_only=True)
     assert torch.equal(model.layer4[1].conv2.weight, expected["layer4.1.conv2.weight"])
     assert model.fc.weight.shape == (2, 512)
     assert words == "file w.pth"
 
 
-@pytest.mark.parametrize("content", ["missing", "text", "other network"])
-def test_path_that_fails_is_an_error_in_one_line(project, content):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("missing", "PRETRAINED: no file {path} (allowed: IMAGENET1K_V1, the path of a .pth, or None)"),
+        ("text", "{path} is not a checkpoint, or is damaged ("),
+        ("other network", "PRETRAINED: not a ResNet-18 (layer.weight)"),
+    ],
+)
+def test_path_that_fails_is_an_error_in_one_line(project, content, words):
     path = project / "w.pth"
     if content == "text":
         path.write_text("hello")
     elif content == "other network":
         torch.save({"layer.weight": torch.zeros(3)}, path)
     outcome = run(project, TRAINER, **{**QUICK, "PRETRAINED": "w.pth"})
-    assert outcome.status == 2
-    assert "w.pth" in outcome.err or "PRETRAINED" in outcome.err
-    assert len(outcome.err.splitlines()) == 1
+    assert_refused(outcome, words.format(path=path))
 
 
 def test_pretrained_weights_get_a_lower_rate(project, weights_file):

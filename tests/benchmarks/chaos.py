@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import csv
 import errno
-import importlib.util
 import os
 import random
+import runpy
 import shutil
 import signal
 import sys
@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import EVALUATOR, QUICK, TRAINER, copy_script, make_project  # noqa: E402
 
-import evaluate_deepfake_model as evaluator  # noqa: E402
+from models import detector  # noqa: E402
 
 BEST, FINAL = "best_laundered_processed.pth", "final_laundered_processed.pth"
 TRAINING = {**QUICK, "EPOCHS": 3}
@@ -71,13 +71,12 @@ def run_child(folder: Path, script: str, constants: dict, plan: Optional[tuple[s
             os.dup2(out.fileno(), 2)
         kind, moment = plan or ("never", 0)
         interrupt_at(int(moment), kind, folder / "events.txt")
-        spec = importlib.util.spec_from_file_location("edited_copy", target)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["edited_copy"], sys.argv = module, [str(target)]
-        spec.loader.exec_module(module)
-        status = module.run_script()
-        sys.stdout.flush()
-        os._exit(status)
+        sys.argv = [str(target)]
+        try:
+            runpy.run_path(str(target), run_name="__main__")
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(end.code)
     if plan and plan[0] == "time":
         time.sleep(plan[1])
         os.kill(child, signal.SIGKILL)
@@ -96,7 +95,7 @@ def draw_plan(draw: random.Random, events: int, seconds: float) -> tuple[str, fl
 def read_results(folder: Path) -> tuple:
     """Read what training made: weights of both checkpoints, history without its time column."""
     models = folder / "models/experiments"
-    states = [evaluator.load_content(models / name) for name in (BEST, FINAL)]
+    states = [detector.load_content(models / name) for name in (BEST, FINAL)]
     with open(models / "history.csv", newline="") as file:
         history = [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
     return [state["state_dict"] for state in states], [state["calibration"] for state in states], history
@@ -111,8 +110,14 @@ def are_equal(one: tuple, other: tuple) -> bool:
 
 
 def list_temporary(folder: Path) -> list[str]:
-    """List temporary files that a run left."""
+    """List temporary files that runs left."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*.tmp"))
+
+
+def age_temporary(folder: Path) -> None:
+    """Make the temporary files of killed runs two days old: the next run has to remove them."""
+    for path in list_temporary(folder):
+        os.utime(folder / path, (time.time() - 2 * 24 * 3600,) * 2)
 
 
 def train_through(folder: Path, plans: list, expected: tuple) -> list[str]:
@@ -124,9 +129,10 @@ def train_through(folder: Path, plans: list, expected: tuple) -> list[str]:
             faults.append(f"training, {plan}: exit status {status}")
         for path in (folder / "models/experiments").glob("*.pth"):
             try:
-                evaluator.load_content(path)
+                detector.load_content(path)
             except ValueError as error:
                 faults.append(f"training, {plan}: {error}")
+        age_temporary(folder)
         if status == 0:  # it finished before the interruption came
             break
     else:
@@ -147,6 +153,7 @@ def judge_through(folder: Path, plan: tuple, old: bytes, new: bytes) -> list[str
     run_child(folder, EVALUATOR, JUDGING, plan)
     if table.read_bytes() not in (old, new):
         faults.append(f"evaluation, {plan}: the CSV is neither the old nor the new one")
+    age_temporary(folder)
     status = run_child(folder, EVALUATOR, JUDGING, None)
     if status != 0 or table.read_bytes() != new:
         faults.append(
@@ -160,7 +167,7 @@ def judge_through(folder: Path, plan: tuple, old: bytes, new: bytes) -> list[str
 def damage_checkpoint(path: Path, truncations: int, flips: int, draw: random.Random) -> tuple[Counter, list[str]]:
     """Load damaged copies of a checkpoint. Returns how many were refused and how many right, and what was wrong."""
     content = path.read_bytes()
-    expected = evaluator.load_content(path)["state_dict"]
+    expected = detector.load_content(path)["state_dict"]
     copy, counts, faults = path.with_name("damaged.pth"), Counter(), []
     for number in range(truncations + flips):
         if number < truncations:
@@ -174,7 +181,7 @@ def damage_checkpoint(path: Path, truncations: int, flips: int, draw: random.Ran
             what = f"bit {bit} of byte {place} flipped"
         copy.write_bytes(damaged)
         try:
-            state = evaluator.load_content(copy)["state_dict"]
+            state = detector.load_content(copy)["state_dict"]
             right = state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
             counts["right"] += right
             if not right:

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def train_plainly(folder: Path) -> dict:
 
 
 def evaluate_plainly(folder: Path) -> dict:
-    """Judge every row of the CSV on its own."""
+    """Score every row of the CSV on its own."""
     transform = transforms.Compose([transforms.Resize((224, 224)), *TRANSFORM])
     model = resnet18(num_classes=2).eval()
     with open(folder / "test_data/test.csv", newline="") as file:
@@ -112,30 +113,29 @@ def evaluate_plainly(folder: Path) -> dict:
         image = Image.open(folder / "data" / row["img_path"]).convert("RGB")
         with torch.no_grad():
             row["predicted_output"] = model(transform(image).unsqueeze(0)).argmax(1).item()
-    return {"judge_s": time.perf_counter() - started}
+    return {"score_s": time.perf_counter() - started}
 
 
 # ---- The network alone
 
 
 def run_bare(folder: Path) -> dict:
-    """Take an epoch's steps, then judge as many images, on random tensors."""
+    """Take an epoch's steps, then score as many images, on random tensors."""
     import evaluate_deepfake_model as evaluator
     import train_deepfake_detector as trainer
+    from models import detector, runtime
 
-    trainer.keep_freed_memory()
-    compute = trainer.choose_compute("auto")
-    model = trainer.build_model(None, compute)
-    settings = {"LABEL_SMOOTHING": 0.05, "LEARNING_RATE": 1e-3, "WEIGHT_DECAY": 0.05, "EPOCHS": 1}
+    runtime.keep_freed_memory()
+    compute = runtime.choose_compute("auto")
+    model = detector.make_network().to(memory_format=torch.channels_last)
     count = len(list((folder / "data").rglob("*.png")))
     in_val = int(count * VAL_FRACTION)
     width = round(trainer.TIME_CROP * 224)
     labels = torch.arange(32) % 2
     inputs = torch.randn(32, 3, 224, width).contiguous(memory_format=torch.channels_last)
-    pictures = torch.randn(32, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-    data = Subset(torch.utils.data.TensorDataset(inputs), range(32))
-    data.dataset.targets = labels.tolist()
-    loss_fn, optimizer, *_ = trainer.build_optimisation(model, DataLoader(data, 32), compute, settings)
+    images = torch.randn(32, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    loss_fn = trainer.build_loss(labels, 0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=True)
 
     def step() -> None:
         with compute.autocast():
@@ -144,24 +144,24 @@ def run_bare(folder: Path) -> dict:
         loss_fn(logits.float(), labels).backward()
         optimizer.step()
 
-    def judge(model: nn.Module, images: int) -> None:
+    def score(model: nn.Module, number: int) -> None:
         with torch.inference_mode(), compute.autocast():
-            for start in range(0, images, 32):
-                model(pictures[: images - start])
+            for start in range(0, number, 32):
+                model(images[: number - start])
 
     step()
-    judge(model.eval(), 32)
+    score(model.eval(), 32)
     started = time.perf_counter()
     model.train()
     for _ in range((count - in_val) // 32):
         step()
-    judge(model.eval(), in_val)
+    score(model.eval(), in_val)
     epoch_s = time.perf_counter() - started
     fused = evaluator.fuse_norms(model).to(memory_format=torch.channels_last)
-    judge(fused, 32)
+    score(fused, 32)
     started = time.perf_counter()
-    judge(fused, count)
-    return {"epoch_s": epoch_s, "judge_s": time.perf_counter() - started}
+    score(fused, count)
+    return {"epoch_s": epoch_s, "score_s": time.perf_counter() - started}
 
 
 # ---- Ours
@@ -178,18 +178,17 @@ def run_ours(folder: Path, **constants: object) -> tuple[str, list[float]]:
 def train_ours(folder: Path, epochs: int = 4, **constants: object) -> dict:
     """Train with an empty cache. Returns seconds of the reading pass and of each epoch but the first."""
     common = {"PRETRAINED": None, "HOLDOUT_CSVS": [], "EPOCHS": epochs, "VAL_FRACTION": VAL_FRACTION}
-    for shard in (folder / "models/cache").glob("*.shard"):
-        shard.unlink()
+    shutil.rmtree(folder / "models/cache", ignore_errors=True)
     out, memory = run_ours(folder, script="train_deepfake_detector.py", **common, **constants)
-    reading = float(re.search(r"Read [\d,]+ images now, in ([\d.]+) s", out)[1])
+    reading = float(re.search(r"Read [\d,]+ images in ([\d.]+) s", out)[1])
     seconds = [float(value) for value in re.findall(r"seconds ([\d.]+)", out)]
     return {"reading_s": reading, "epoch_s": statistics.median(seconds[1:] or seconds), "memory_mb": memory}
 
 
 def evaluate_ours(folder: Path) -> dict:
-    """Judge every row of the CSV with the checkpoint that train_ours left."""
+    """Score every row of the CSV with the checkpoint that train_ours left."""
     out, memory = run_ours(folder, script="evaluate_deepfake_model.py")
-    return {"judge_s": float(re.search(r"Judged [\d,]+ images in ([\d.]+) s", out)[1]), "memory_mb": memory}
+    return {"score_s": float(re.search(r"Judged [\d,]+ images in ([\d.]+) s", out)[1]), "memory_mb": memory}
 
 
 # ---- Measuring
@@ -265,7 +264,7 @@ def compare(work: Path) -> None:
 
     print("| images a second | plain | ours | bare | ours / plain | ours / bare | peak MB, plain | ours |")
     print("|---|---|---|---|---|---|---|---|")
-    for job, key, part in (("training", "epoch_s", "train"), ("evaluation", "judge_s", "evaluate")):
+    for job, key, part in (("training", "epoch_s", "train"), ("evaluation", "score_s", "evaluate")):
         for kind in ("full-size", "224-pixel"):
             plain, ours = f"{part}_plainly", f"{part}_ours"
             cells = [rate(kind, name, key) for name in (plain, ours, "run_bare")]
@@ -286,7 +285,7 @@ def grow(work: Path) -> None:
         folder = work / str(count)
         make_images(folder, count, (64, 64))
         train, judge = train_ours(folder, epochs=1, IMAGE_SIZE=64), evaluate_ours(folder)
-        cells = [train["reading_s"], train["epoch_s"], judge["judge_s"], train["memory_mb"], judge["memory_mb"]]
+        cells = [train["reading_s"], train["epoch_s"], judge["score_s"], train["memory_mb"], judge["memory_mb"]]
         print(f"| {count:,} | {' | '.join(f'{cell:.1f}' for cell in cells)} |", flush=True)
 
 
