@@ -1,369 +1,180 @@
-"""Turn a folder of audio files into spectrogram images that the detector can learn from and judge.
+"""Turn folders of recordings into spectrogram images that the detector learns from and judges.
 
     python data/make_spectrograms.py
 
-In:  every audio file below INPUT_DIR: WAV, and FLAC, OGG or MP3 where `soundfile` is installed.
-Out: OUTPUT_DIR/<recording>__<condition>[_<part>].png, IMAGE_SIZE x IMAGE_SIZE, 8-bit palette (magma).
+In:  recordings at any depth below AUDIO_DIR/original/ (genuine), AUDIO_DIR/deepfake/ (synthetic or manipulated) and
+     AUDIO_DIR/unknown/ (to be judged): WAV, and with `soundfile` installed FLAC, MP3, OGG, Opus, AIFF, telephone WAV.
+Out: images in original/combined/, deepfake/combined/ and unknown/, IMAGE_SIZE x IMAGE_SIZE, 8-bit palette (magma);
+     test_data/unknown.csv, and test_data/test_own.csv where recordings lie in speaker folders.
 
-CONDITIONS lists the copies to make of each recording: clean, and laundered as speech is on its way to a
-listener; or resynthesised (griffinlim, lpc, harmonic), which makes fakes of genuine recordings, with
-nothing else to tell them apart. What was done is drawn anew for each file, the same in each run,
-whatever the class, and stored in the image.
-Training images and images to judge must be made with the same settings: they are stored in each
-image, and images made with other settings are never mixed with new ones. Every pixel column stands for
-the same time: long recordings become several images, short ones are repeated to fill one.
-`<recording>` is the audio file's name up to `__`; what follows that (another voice reading the same
-text, a copy) goes behind the condition: `<recording>__<condition>-<rest>.png`.
-About 75 clean recordings a second on one core.
+`<folder>/<recording>.wav` becomes `<folder>-<recording>__<condition>[_<part>].png`. A first folder that both classes
+have (a speaker, page or corpus with genuine and fake speech) is a source; its images get a folder of that name.
+CONDITIONS lists the copies of each training recording: clean, and laundered as speech is on its way to a listener. What
+is done is drawn for each file, the same in each run, and stored in the image with all settings; images made with other
+settings are never mixed with new ones. Every pixel column stands for the same time: long recordings become several
+images, short ones are repeated to fill one. About 75 clean recordings a second on one core.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
-import signal
 import sys
-import warnings
 import zlib
-from collections import defaultdict
-from functools import cache, partial
+from collections import Counter, defaultdict
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple, Optional
 
 import numpy as np
 from matplotlib import colormaps
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from scipy.io import wavfile
-from scipy.linalg import solve_toeplitz
-from scipy.ndimage import map_coordinates, uniform_filter1d
-from scipy.signal import butter, fftconvolve, get_window, istft, lfilter, medfilt, resample_poly, sosfiltfilt, stft
+from scipy.signal import get_window, resample_poly
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from laundering import LAUNDERING, Draw, launder  # noqa: E402
+from resynthesis import RESYNTHESES, space_frequencies  # noqa: E402
+
+from models import runtime  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
 # Settings. Relative paths start at this script's folder.
-INPUT_DIR = Path("../audio/original")  # folder of recordings, searched at any depth
-OUTPUT_DIR = Path("original/combined")  # folder for the images; made where it is missing
+AUDIO_DIR = Path("audio")  # holds original/, deepfake/ and unknown/, each with recordings at any depth
 
 CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")  # also gain, clip; "reverb+noise": in turn
-BABBLE_DIR = None  # folder of recordings for babble among the noises, one for both classes; None: no babble
+FAKES = ()  # fakes to make of each genuine recording: griffinlim, lpc, harmonic; "lpc+codec": laundered as well
+BABBLE_DIR = None  # folder of recordings for babble among the noises, the same for both classes; None: no babble
 SNR_RANGE_DB = (5, 30)  # dB, speech over noise
 RT60_RANGE_S = (0.2, 0.8)  # s, time in which the reverberation falls by 60 dB
+HOLDOUT_SPEAKERS = 0.2  # fraction of the speaker folders of each class that test_own.csv lists; 0: none
 SEED = 0  # of all that is drawn
 
 SAMPLE_RATE = 16000  # Hz; recordings of any other rate are resampled
 WINDOW_S = 0.064  # s, length of one Hann window
 HOP_S = 0.008  # s, from one window to the next
-FREQUENCY_RANGE_HZ = (60, 7600)  # Hz, bottom and top row; (60, 3500) for telephone band
-FREQUENCY_SCALE = "mel"  # "mel" gives low frequencies more rows, where the harmonics tell most; or "linear"
+FREQUENCY_RANGE_HZ = (60, 7600)  # Hz, bottom and top row
+FREQUENCY_SCALE = "mel"  # "mel" gives low frequencies more rows; or "linear"
 DB_RANGE = (-30, 40)  # dB, darkest and brightest level, relative to each frequency's mean over time
 SECONDS_PER_IMAGE = 1.792  # s; with the hop above: 224 windows, one per pixel
 IMAGE_SIZE = 224  # pixels, width and height
 GREY_LEVELS = 64  # 2 to 256; fewer make smaller files
 # ------------------------------------------------------------------------------------------------
 
-SOUNDFILE_SUFFIXES = (".flac", ".ogg", ".mp3")
+FORMAT = (  # settings that shape every image
+    *("SAMPLE_RATE", "WINDOW_S", "HOP_S", "FREQUENCY_RANGE_HZ", "FREQUENCY_SCALE", "DB_RANGE"),
+    *("SECONDS_PER_IMAGE", "IMAGE_SIZE", "GREY_LEVELS"),
+)
+LAUNDERING_SETTINGS = ("SNR_RANGE_DB", "RT60_RANGE_S", "SEED")  # these shape laundered images only
+AUDIO_SUFFIXES = (
+    *(".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd"),
+    *(".caf", ".w64", ".rf64"),
+)
+FOREIGN_SUFFIXES = (  # audio that cannot be read here
+    *(".m4a", ".mp4", ".aac", ".webm", ".wma", ".amr", ".3gp", ".mka", ".mkv", ".mov", ".ac3", ".ra"),
+)
 TEXT_KEY = "spectrogram"  # PNG text chunk that holds the settings
-LAUNDERING_SETTINGS = ("snr_range_db", "rt60_range_s", "seed")
-CODECS = {  # soundfile's (format, subtype); without soundfile the first three, by arithmetic
-    "mu-law": None,
-    "A-law": None,
-    "ADPCM": None,
-    "GSM": ("WAV", "GSM610"),
-    "Vorbis": ("OGG", "VORBIS"),
-    "Opus": ("OGG", "OPUS"),
-    "MP3": ("MP3", "MPEG_LAYER_III"),
-}
 FRAMES_AT_ONCE = 8192  # the spectra of an hour of audio at once would take 11 GB
 DYNAMIC_RANGE_DB = 80  # what lies further below a recording's peak counts as silence
+SILENCE = 2.5 / 32768  # peak, of full scale: digital silence, or the dither of 16 bits
+LONGEST_NAME = 180  # bytes of a recording's name in the names of its images
 
 
-def read_audio(path: Path, sample_rate: int) -> np.ndarray:
-    """Read one recording as mono samples at `sample_rate`: float64, shape (samples,).
+class Recording(NamedTuple):
+    """A file of audio."""
+
+    path: str
+    kind: str  # original, deepfake or unknown
+    folder: str  # below the kind's folder, with forward slashes; "": directly in it
+    name: str  # in the names of its images: folder and file name
+    rest: str  # what its file name holds after __, another copy of the recording
+
+    @property
+    def source(self) -> str:
+        return self.folder.partition("/")[0]
+
+
+class Picture(NamedTuple):
+    """The image, or the several images, to make of a recording."""
+
+    recording: Recording
+    condition: str
+    stem: Path  # of the image's path; its parts get _1, _2, ... behind it
+
+
+# ---- Reading
+
+
+def read_audio(path: str, sample_rate: int) -> tuple[np.ndarray, float]:
+    """Read one recording as mono samples at `sample_rate`, its mean removed.
+
+    Returns:
+        float64, shape (samples,), with a peak of 1 before resampling; the peak that it had, 1 being full scale.
 
     Raises:
-        ValueError: the file holds no samples, nothing but silence, or numbers that are not finite.
+        ValueError: the file holds no sound, or cannot be decoded.
     """
-    if path.suffix.lower() in SOUNDFILE_SUFFIXES:
-        import soundfile
-
-        samples, file_rate = soundfile.read(path, always_2d=True)
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # unknown chunks after the samples
-            file_rate, samples = wavfile.read(path)
-        # The mean is removed below and the scale cancels in the picture; only the type must be widened.
-        samples = samples.reshape(len(samples), -1).astype(np.float64)
-    mono = samples.mean(axis=1)
-    if len(mono) == 0:
-        raise ValueError("it holds no samples")
-    if not np.isfinite(mono).all():
+    samples, file_rate = decode_audio(path)
+    if file_rate <= 0:
+        raise ValueError("its header gives a sample rate of 0")
+    if not len(samples):
+        raise ValueError("it holds no samples (or its header promises none)")
+    if not np.isfinite(samples).all():
         raise ValueError("it holds samples that are not finite")
+    mono = mix_channels(samples)
     mono -= mono.mean()
     peak = np.abs(mono).max()
-    if peak == 0:
+    if peak <= SILENCE:
         raise ValueError("it holds nothing but silence")
     if file_rate != sample_rate:
         mono = resample_poly(mono, sample_rate, file_rate)
-    return mono / peak
+    return mono / peak, peak
 
 
-# ---- Laundering. Each takes samples (float64, shape (samples,), peak 1), their rate in Hz and a generator, and returns
-# as many samples with words for what was done.
+def decode_audio(path: str) -> tuple[np.ndarray, int]:
+    """Decode a file by its content: float64, shape (samples, channels), full scale 1; Hz.
 
-
-def add_noise(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
-    """Add white noise, pink noise or the babble of four other recordings, at an SNR in SNR_RANGE_DB."""
-    kind = draw.choice(["white", "pink", "babble"] if len(others) >= 4 else ["white", "pink"])
-    if kind == "babble":
-        noise = np.zeros(len(samples))
-        for number in draw.choice(len(others), 4, replace=False):
-            voice = read_audio(others[number], rate)
-            noise += np.resize(np.roll(voice, draw.integers(len(voice))), len(samples)) / voice.std()
-    else:
-        spectrum = np.fft.rfft(draw.normal(size=len(samples)))
-        slope = np.sqrt(np.maximum(np.arange(len(spectrum)), 1)) if kind == "pink" else 1
-        noise = np.fft.irfft(spectrum / slope, len(samples))
-    snr_db = draw.uniform(*settings["snr_range_db"])
-    noise *= np.sqrt(np.mean(samples**2) / np.mean(noise**2)) * 10 ** (-snr_db / 20)
-    return samples + noise, f"{kind} noise, SNR {snr_db:.1f} dB"
-
-
-def add_reverb(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
-    """Convolve with a synthetic room response: the direct sound, then noise that falls by 60 dB in RT60_RANGE_S."""
-    rt60_s, direct_db = draw.uniform(*settings["rt60_range_s"]), draw.uniform(-3, 6)
-    time_s = np.arange(int(rt60_s * rate)) / rate
-    response = draw.normal(size=len(time_s)) * 10 ** (-3 * time_s / rt60_s)
-    response[0] = np.sqrt(np.sum(response[1:] ** 2)) * 10 ** (direct_db / 20)
-    words = f"reverberation, RT60 {rt60_s:.2f} s, direct sound {direct_db:.1f} dB"
-    return fftconvolve(samples, response)[: len(samples)], words
-
-
-def resample(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
-    """Resample to a lower rate and back."""
-    lower = int(rate * draw.choice([0.3, 0.375, 0.5, 0.6875]))
-    there_and_back = resample_poly(resample_poly(samples, lower, rate), rate, lower)
-    return np.resize(there_and_back, len(samples)), f"resampled to {lower} Hz and back"
-
-
-def limit_band(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
-    """Let a band pass: Butterworth, order 8, forth and back."""
-    low, high = draw.uniform(100, 400), draw.uniform(0.125, 0.22) * rate
-    filtered = sosfiltfilt(butter(8, (low, high), "bandpass", fs=rate, output="sos"), samples)
-    return filtered, f"band {low:.0f} to {high:.0f} Hz"
-
-
-def lower_gain(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
-    """Lower the level before rounding to 16 bits."""
-    gain_db = draw.uniform(-70, -40)
-    return np.round(samples * 10 ** (gain_db / 20) * 32767), f"16 bits at {gain_db:.1f} dB"
-
-
-def clip(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
-    """Clip the peaks."""
-    level = draw.uniform(0.1, 0.5)
-    return np.clip(samples, -level, level), f"clipped at {level:.2f} of the peak"
-
-
-def code(samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]) -> tuple:
-    """Encode and decode with a codec of CODECS; telephone codecs at 8 kHz."""
-    try:
-        import soundfile
-    except ImportError:
-        soundfile = None
-    usable = [
-        name
-        for name, kind in CODECS.items()
-        if kind is None or (soundfile and kind[1] in soundfile.available_subtypes(kind[0]))
-    ]
-    name = str(draw.choice(usable))
-    code_rate = 16000 if name in ("Vorbis", "Opus", "MP3") else 8000
-    coded = resample_poly(samples, code_rate, rate) * 0.9
-    if CODECS[name]:
-        buffer, (container, subtype) = io.BytesIO(), CODECS[name]
-        quality = {} if container == "WAV" else {"compression_level": draw.uniform(0.5, 1)}
-        soundfile.write(buffer, coded, code_rate, subtype, format=container, **quality)
-        buffer.seek(0)
-        coded = soundfile.read(buffer)[0]
-    else:
-        coded = {"mu-law": code_mu_law, "A-law": code_a_law, "ADPCM": code_adpcm}[name](coded)
-    return np.resize(resample_poly(coded, rate, code_rate), len(samples)), f"{name} at {code_rate} Hz"
-
-
-def code_mu_law(samples: np.ndarray) -> np.ndarray:
-    """Compand to 8 bits and back by the formula of ITU-T G.711's mu-law (mu = 255)."""
-    levels = np.round(np.sign(samples) * np.log1p(255 * np.abs(samples)) / np.log(256) * 127) / 127
-    return np.sign(levels) * np.expm1(np.abs(levels) * np.log(256)) / 255
-
-
-def code_a_law(samples: np.ndarray) -> np.ndarray:
-    """Compand to 8 bits and back by the formula of ITU-T G.711's A-law (A = 87.6)."""
-    size, scale = np.abs(samples), 1 + np.log(87.6)
-    curve = np.where(size < 1 / 87.6, 87.6 * size, 1 + np.log(np.maximum(87.6 * size, 1))) / scale
-    levels = np.round(curve * 127) / 127 * scale
-    return np.sign(samples) * np.where(levels < 1, levels, np.exp(levels - 1)) / 87.6
-
-
-def code_adpcm(samples: np.ndarray) -> np.ndarray:
-    """Encode to 4 bits a sample and back, as IMA ADPCM does (IMA Digital Audio Focus Group, 1992)."""
-    step_sizes = np.minimum(np.round(7 * 1.1 ** np.arange(89)), 32767).tolist()
-    decoded, value, index = [], 0.0, 0
-    for target in (samples * 32767).tolist():
-        step = step_sizes[index]
-        size = min(int(abs(target - value) / step * 4), 7)
-        change = step * (size + 0.5) / 4
-        value = min(max(value + (change if target >= value else -change), -32768), 32767)
-        index = min(max(index + (-1, -1, -1, -1, 2, 4, 6, 8)[size], 0), 88)
-        decoded.append(value)
-    return np.array(decoded) / 32767
-
-
-def space_frequencies(low: float, high: float, count: int, scale: str) -> np.ndarray:
-    """Space frequencies evenly on a scale, "linear" or "mel" (O'Shaughnessy, 1987): Hz, float64, shape (count,)."""
-    if scale == "linear":
-        return np.linspace(low, high, count)
-    return 700 * np.expm1(np.linspace(np.log1p(low / 700), np.log1p(high / 700), count))
-
-
-# ---- Resynthesis. The same signature; what comes out is a fake of the same voice, words and channel.
-
-
-def keep_mel_spectrogram(
-    samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]
-) -> tuple:
-    """Keep a mel spectrogram only and guess the phases: Griffin and Lim, 1984, sped up as Perraudin et al., 2013."""
-    length, bands, rounds = int(draw.choice([512, 1024])), int(draw.integers(40, 110)), int(draw.choice([3, 8, 20, 40]))
-    to_frames = partial(stft, fs=rate, nperseg=length, noverlap=3 * length // 4)
-    to_samples = partial(istft, fs=rate, nperseg=length, noverlap=3 * length // 4)
-    frequencies, _, frames = to_frames(samples)
-    edges = space_frequencies(40, rate / 2, bands + 2, "mel")
-    rising = (frequencies - edges[:-2, None]) / np.diff(edges)[:-1, None]
-    falling = (edges[2:, None] - frequencies) / np.diff(edges)[1:, None]
-    filters = np.maximum(0, np.minimum(rising, falling))
-    size = np.abs(frames)
-    size = np.maximum(np.linalg.pinv(filters) @ (filters @ size), size.max() * 1e-5)
-    guess, before = size * np.exp(2j * np.pi * draw.random(size.shape)), 0
-    for _ in range(rounds):
-        after = to_frames(to_samples(guess)[1])[2][:, : size.shape[1]]
-        ahead = after + 0.9 * (after - before)
-        guess, before = size * ahead / np.maximum(np.abs(ahead), 1e-9), after
-    return to_samples(guess)[1][: len(samples)], f"{bands} mel bands, Griffin-Lim in {rounds} rounds"
-
-
-def track_pitch(samples: np.ndarray, rate: int, hop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Track the pitch by autocorrelation: Hz, and how periodic the sound is, 0 to 1; a value per hop."""
-    length, shortest, longest = int(0.04 * rate), rate // 400, rate // 65
-    frames = np.lib.stride_tricks.sliding_window_view(np.pad(samples, (length // 2, length)), length)[::hop]
-    window = np.hanning(length)
-    spectra = np.fft.rfft(np.vstack([(frames - frames.mean(1, keepdims=True)) * window, window]), 2 * length)
-    correlation = np.fft.irfft(np.abs(spectra) ** 2)[:, :length]
-    correlation /= np.maximum(correlation[:, :1], 1e-9)
-    correlation = correlation[:-1] / np.maximum(correlation[-1], 0.05)
-    lags = correlation[:, shortest:longest].argmax(1) + shortest
-    return medfilt(rate / lags, 5), medfilt(correlation[np.arange(len(lags)), lags], 3)
-
-
-def keep_prediction(
-    samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]
-) -> tuple:
-    """Keep linear prediction, pitch and loudness only: pulses and noise through the filters, as LPC vocoders do."""
-    order, voiced_from, breath = int(draw.integers(10, 22)), draw.uniform(0.35, 0.6), draw.uniform(0, 0.4)
-    hop, length = rate // 100, rate // 40
-    pitch, periodic = track_pitch(samples, rate, hop)
-    pulses, noise, place = np.zeros(len(samples)), draw.normal(size=len(samples)), 0.0
-    while place < len(samples):
-        period = rate / pitch[int(place / hop)] * (1 + 0.01 * draw.normal())
-        pulses[int(place)], place = np.sqrt(period), place + period
-    padded, window = np.pad(samples, (length // 2, length)), np.hanning(length)
-    made, loudness, memory = np.zeros(len(samples)), 0.0, np.zeros(order)
-    for number in range(-(-len(samples) // hop)):
-        part = slice(number * hop, (number + 1) * hop)
-        frame = padded[number * hop : number * hop + length] * window
-        lags = np.correlate(frame, frame, "full")[length - 1 : length + order]
-        lags[0] = lags[0] * 1.0001 + 1e-9
-        prediction = solve_toeplitz(lags[:-1], lags[1:])
-        loudness = 0.5 * loudness + 0.5 * np.sqrt(max(lags[0] - prediction @ lags[1:], 0) / np.sum(window**2))
-        share = breath if periodic[number] > voiced_from else 1
-        source = pulses[part] * (1 - share) + noise[part] * share
-        made[part], memory = lfilter([loudness], np.r_[1, -prediction], source, zi=memory)
-    return made, f"linear prediction of order {order}"
-
-
-def keep_envelope(
-    samples: np.ndarray, rate: int, draw: np.random.Generator, settings: dict, others: list[Path]
-) -> tuple:
-    """Keep smooth envelopes, pitch and loudness only: harmonics plus noise, as WORLD and its kind do."""
-    length, hop = 512, rate // 200
-    smoothness, border, breath = int(draw.integers(20, 50)), draw.uniform(1500, 4500), draw.uniform(0.02, 0.25)
-    pitch, periodic = track_pitch(samples, rate, hop)
-    pitch = np.exp(np.convolve(np.log(pitch), np.ones(5) / 5, "same"))
-    transform = partial(stft, fs=rate, nperseg=length, noverlap=length - hop)
-    frequencies, times, frames = transform(samples)
-    cepstrum = np.fft.irfft(np.log(np.abs(frames) + 1e-6), axis=0)
-    cepstrum[smoothness:-smoothness] = 0
-    envelope = np.exp(np.fft.rfft(cepstrum, axis=0).real)
-    time, hops = np.arange(len(samples)), np.arange(len(pitch)) * hop
-    steady = np.interp(time, hops, pitch)
-    voiced = np.interp(time, hops, (periodic > draw.uniform(0.4, 0.6)).astype(float))
-    phase, made = 2 * np.pi * np.cumsum(steady) / rate, np.zeros(len(samples))
-    for number in range(1, int(min(border, rate / 2) / pitch.min()) + 1):
-        place = [pitch * number * length / rate, np.minimum(np.arange(len(pitch)), envelope.shape[1] - 1)]
-        level = map_coordinates(envelope, place, order=1, mode="nearest") * (pitch * number < border)
-        made += 2 * np.interp(time, hops, level) * voiced * np.cos(number * phase)
-    noise = transform(draw.normal(size=len(samples)))[2]
-    quiet = (frequencies[:, None] < border) & (np.interp(times * rate, time, voiced) > 0.5)
-    noise *= envelope / np.abs(noise).mean() * np.where(quiet, breath, 1)
-    hiss = istft(noise, fs=rate, nperseg=length, noverlap=length - hop)[1]
-    made += np.resize(hiss, len(samples))
-    loudness, now = (uniform_filter1d(values**2, rate // 50) for values in (samples, made))
-    made *= np.sqrt(np.maximum(loudness, 0) / np.maximum(now, 1e-12))
-    return made, f"harmonics up to {border:.0f} Hz plus noise, {smoothness} cepstral values"
-
-
-RESYNTHESES = {"griffinlim": keep_mel_spectrogram, "lpc": keep_prediction, "harmonic": keep_envelope}
-LAUNDERING = {
-    "noise": add_noise,
-    "reverb": add_reverb,
-    "resample": resample,
-    "codec": code,
-    "bandlimit": limit_band,
-    "gain": lower_gain,
-    "clip": clip,
-    **RESYNTHESES,
-}
-
-
-def launder(
-    samples: np.ndarray, condition: str, stem: str, settings: dict, others: list[Path]
-) -> tuple[np.ndarray, str]:
-    """Launder a recording as one of CONDITIONS says.
-
-    Args:
-        stem: the name of the image to be made, from which with SEED all draws follow.
-        others: recordings that babble may be made of.
-
-    Returns:
-        As many samples, with a peak of 1, and words for what was done.
+    Raises:
+        ValueError: it cannot be decoded.
     """
-    draw = np.random.default_rng([settings["seed"], zlib.crc32(stem.encode())])
-    words = []
-    for name in condition.split("+"):
-        if name != "clean":
-            length = len(samples)
-            if name in RESYNTHESES:  # their windows are longer than the shortest recordings
-                samples = np.resize(samples, max(length, 2048))
-            samples, done = LAUNDERING[name](samples, settings["sample_rate"], draw, settings, others)
-            samples = samples[:length]
-            samples = samples / np.abs(samples).max()
-            words.append(done)
-    return samples, "; ".join(words)
+    if find_spec("soundfile"):
+        import soundfile
+
+        try:
+            return soundfile.read(os.fsencode(path), always_2d=True)
+        except soundfile.LibsndfileError as error:
+            if "SF_INFO" in str(error):
+                raise ValueError("its header is invalid (a sample rate of 0?)") from None
+            raise ValueError(f"it cannot be decoded ({error.error_string.rstrip('.')})") from None
+    with open(path, "rb") as file:
+        if file.read(4) not in (b"RIFF", b"RIFX"):
+            raise ValueError("it needs the package soundfile")
+    try:
+        rate, samples = wavfile.read(path)
+    except Exception as error:  # scipy raises many kinds on damaged or compressed files
+        raise ValueError(f"scipy cannot decode it ({error}); the package soundfile may") from None
+    samples = samples.reshape(len(samples), -1)
+    if samples.dtype == np.uint8:
+        return (samples - 128.0) / 128, rate
+    return samples / (1.0 if samples.dtype.kind == "f" else -float(np.iinfo(samples.dtype).min)), rate
+
+
+def mix_channels(samples: np.ndarray) -> np.ndarray:
+    """Mix channels, shape (samples, channels), to mono: their mean, or the loudest where they cancel each other."""
+    power = np.mean(np.square(samples - samples.mean(axis=0)), axis=0)
+    mono = samples[:, power >= power.max() / 1e4].mean(axis=1)
+    return samples[:, power.argmax()].copy() if np.var(mono) < power.max() / 10 else mono
 
 
 # ---- Pictures
 
 
 def fill_up(samples: np.ndarray, length: int) -> np.ndarray:
-    """Repeat a short recording from a place of its own until it is `length` samples long.
+    """Repeat a short recording, from a starting point of its own, until it is `length` samples long.
 
     Silence or a constant would show how long the recording was, and so would a seam that stands at
     the same place in every picture: the starting point is drawn from the number of samples.
@@ -387,18 +198,17 @@ def compute_levels(samples: np.ndarray, settings: dict) -> np.ndarray:
     """Compute the levels of a recording's spectrogram, each frequency's mean over time removed.
 
     Args:
-        samples: float64, shape (samples,), at settings["sample_rate"].
-        settings: as `collect_settings` returns them.
+        samples: float64, shape (samples,), at SAMPLE_RATE.
 
     Returns:
         float64 in dB, shape (IMAGE_SIZE, windows), row 0 the lowest frequency.
     """
-    rate = settings["sample_rate"]
-    window_length, hop = round(settings["window_s"] * rate), round(settings["hop_s"] * rate)
+    rate = settings["SAMPLE_RATE"]
+    window_length, hop = round(settings["WINDOW_S"] * rate), round(settings["HOP_S"] * rate)
     fft_length = 2 ** int(np.ceil(np.log2(2 * window_length)))
     frames = np.lib.stride_tricks.sliding_window_view(samples, window_length)[::hop]
     window = get_window("hann", window_length)
-    range_hz, size, scale = tuple(settings["frequency_range_hz"]), settings["image_size"], settings["frequency_scale"]
+    range_hz, size, scale = tuple(settings["FREQUENCY_RANGE_HZ"]), settings["IMAGE_SIZE"], settings["FREQUENCY_SCALE"]
     weights = weigh_bins(range_hz, size, scale, fft_length, rate)
     blocks = np.array_split(frames, -(-len(frames) // FRAMES_AT_ONCE))
     power = np.concatenate([np.abs(np.fft.rfft(block * window, fft_length)) ** 2 @ weights for block in blocks])
@@ -406,278 +216,452 @@ def compute_levels(samples: np.ndarray, settings: dict) -> np.ndarray:
     return (level_db - level_db.mean(axis=0)).T
 
 
-def cut_parts(samples: np.ndarray, settings: dict) -> list[np.ndarray]:
-    """Cut a recording's spectrogram into pictures of equal duration, spread evenly from start to end.
+def place_parts(length: int, settings: dict) -> tuple[int, list[int]]:
+    """Place pictures of equal duration evenly from a recording's start to its end.
 
-    Neighbours overlap where the length is no multiple, but a rest under a quarter of a picture is left out.
+    Neighbours overlap where the length is not a multiple, but a rest under a quarter of a picture is left out.
+
+    Args:
+        length: samples of the recording.
+
+    Returns:
+        The samples of one picture, and where each begins, in windows.
+    """
+    rate, hop = settings["SAMPLE_RATE"], round(settings["HOP_S"] * settings["SAMPLE_RATE"])
+    width = round(settings["SECONDS_PER_IMAGE"] / settings["HOP_S"])
+    duration = round(settings["WINDOW_S"] * rate) + (width - 1) * hop
+    windows = (max(length, duration) - duration) // hop + width
+    count = max(1, int(np.ceil(windows / width - 0.25)))
+    return duration, np.linspace(0, windows - width, count).astype(int).tolist()
+
+
+def draw_parts(samples: np.ndarray, starts: list[int], settings: dict) -> list[np.ndarray]:
+    """Draw pictures of a recording.
+
+    Args:
+        samples: float64, at least as long as one picture; starts: in windows, as `place_parts` returns them.
 
     Returns:
         uint8 arrays, shape (IMAGE_SIZE, IMAGE_SIZE), values below GREY_LEVELS, highest frequency on top.
     """
-    rate, size = settings["sample_rate"], settings["image_size"]
-    width = round(settings["seconds_per_image"] / settings["hop_s"])
-    shortest = round(settings["window_s"] * rate) + (width - 1) * round(settings["hop_s"] * rate)
-    levels_db = compute_levels(fill_up(samples, shortest), settings)
-    darkest, brightest = settings["db_range"]
-    shades = np.clip((levels_db - darkest) / (brightest - darkest), 0, 1)
-
-    count = int(np.ceil(levels_db.shape[1] / width - 0.25))  # a rest under a quarter makes no part
+    size, width = settings["IMAGE_SIZE"], round(settings["SECONDS_PER_IMAGE"] / settings["HOP_S"])
+    darkest, brightest = settings["DB_RANGE"]
+    shades = np.clip((compute_levels(samples, settings) - darkest) / (brightest - darkest), 0, 1)
     parts = []
-    for start in np.linspace(0, shades.shape[1] - width, max(count, 1)).astype(int):
+    for start in starts:
         part = shades[::-1, start : start + width]
         if width != size:
-            resized = Image.fromarray(part.astype(np.float32)).resize((size, size), Image.BILINEAR)
-            part = np.asarray(resized)
-        parts.append(np.round(part * (settings["grey_levels"] - 1)).astype(np.uint8))
+            part = np.asarray(Image.fromarray(part.astype(np.float32)).resize((size, size), Image.BILINEAR))
+        parts.append(np.round(part * (settings["GREY_LEVELS"] - 1)).astype(np.uint8))
     return parts
 
 
 def encode_png(part: np.ndarray, settings: dict, notes: dict) -> bytes:
-    """Encode one picture as a palette PNG that carries its settings, and notes of how it came to be."""
+    """Encode one picture as a palette PNG that carries its settings, and notes of how it was made."""
     image = Image.frombytes("P", part.shape[::-1], part.tobytes())
-    palette = colormaps["magma"](np.linspace(0, 1, settings["grey_levels"]), bytes=True)[:, :3]
+    palette = colormaps["magma"](np.linspace(0, 1, settings["GREY_LEVELS"]), bytes=True)[:, :3]
     image.putpalette(palette.tobytes())
     info = PngImagePlugin.PngInfo()
-    info.add_text(TEXT_KEY, json.dumps({"settings": settings, **notes}))
+    stored = {name.lower(): value for name, value in settings.items()}
+    info.add_text(TEXT_KEY, json.dumps({"settings": stored, **notes}))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True, pnginfo=info)
     return buffer.getvalue()
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole: after a crash at any moment the old content or the new one is there."""
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+# ---- Recordings and names
+
+
+def find_recordings(folder: Path, kind: str) -> tuple[list[Recording], list[str], Counter]:
+    """Find the recordings of one kind.
+
+    Returns:
+        The recordings; a line for each file or folder that cannot be used; the number of files that are not audio, by
+        suffix.
+    """
+    files, problems = runtime.find_files(folder)
+    recordings, ignored = [], Counter()
+    for path in files:
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in FOREIGN_SUFFIXES:
+            stem = os.path.splitext(os.path.basename(path))[0]
+            problems.append(f"{path}: {suffix} cannot be read: convert with ffmpeg -i {stem}{suffix} {stem}.wav")
+        elif suffix in AUDIO_SUFFIXES or is_audio(path):
+            recordings.append(name_recording(path, folder, kind))
+        else:
+            ignored[suffix or "without a suffix"] += 1
+    return recordings, problems, ignored
+
+
+def is_audio(path: str) -> bool:
+    """Tell by a file's content whether it is audio that can be read."""
+    if not find_spec("soundfile"):
+        return False
+    import soundfile
+
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return soundfile.info(os.fsencode(path)).frames > 0
+    except (soundfile.LibsndfileError, OSError):
+        return False
 
 
-def find_audio(folder: Path) -> list[Path]:
-    """Find the audio files at any depth below a folder.
-
-    Raises:
-        ValueError: there is none, or `soundfile` is needed.
-    """
-    paths = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in (".wav", *SOUNDFILE_SUFFIXES) and path.is_file()
-        if not path.name.startswith(".")
-    ]
-    if not paths:
-        raise ValueError(f"{folder}: no .wav, .flac, .ogg or .mp3 file below it")
-    compressed = [path for path in paths if path.suffix.lower() in SOUNDFILE_SUFFIXES]
-    if compressed and not find_spec("soundfile"):
-        raise ValueError(
-            f"{len(compressed)} of {len(paths)} files (first: {compressed[0]}) need the package "
-            "soundfile: pip install soundfile"
-        )
-    return paths
+def name_recording(path: str, folder: Path, kind: str) -> Recording:
+    """Name a recording by its folders and its file name, in a form that every file system takes."""
+    below = os.path.relpath(os.path.dirname(path), folder).replace(os.sep, "/")
+    below = "" if below == "." else below
+    stem, _, rest = os.path.splitext(os.path.basename(path))[0].partition("__")
+    name = "-".join([*below.replace("__", "_").split("/"), stem] if below else [stem])
+    name, rest = (make_portable(text) for text in (name, rest))
+    return Recording(path, kind, make_portable(below, keep="/"), name, rest)
 
 
-def name_images(paths: list[Path], conditions: list[str]) -> dict[str, tuple[Path, str]]:
-    """Name the images to be made: {stem: (audio file, condition)}.
+def make_portable(text: str, keep: str = "") -> str:
+    """Replace what file systems or CSVs may not take, and cut what is too long; a checksum keeps names apart."""
+    portable = "".join(c if c in keep or (c.isprintable() and c not in '\\/:*?"<>|') else "_" for c in text)
+    if len(portable.encode()) > LONGEST_NAME:
+        checksum = zlib.crc32(text.encode("utf-8", "surrogateescape"))
+        portable = portable.encode()[: LONGEST_NAME - 9].decode(errors="ignore") + f"-{checksum:08x}"
+    return portable
+
+
+def plan_pictures(recordings: list[Recording], conditions: dict[str, list[str]], data_dir: Path) -> list[Picture]:
+    """Plan the pictures of all recordings.
+
+    Args:
+        conditions: copies to make for original, deepfake, unknown, and "fakes" (of genuine recordings).
 
     Raises:
-        ValueError: two files would make the same image.
+        ValueError: names all recordings whose images would have the same name.
     """
-    images = {}
-    for path in paths:
-        recording, _, rest = path.stem.partition("__")
-        for condition in conditions:
-            stem = f"{recording}__{condition}" + (f"-{rest}" if rest else "")
-            if stem in images:
-                raise ValueError(f"{images[stem][0]} and {path} would make the same image: rename one")
-            images[stem] = path, condition
-    for stem, (path, _) in images.items():
+    folders = {kind: {r.source for r in recordings if r.kind == kind} for kind in ("original", "deepfake")}
+    sources = (folders["original"] & folders["deepfake"]) - {""}
+    pictures = []
+    for recording in recordings:
+        copies = [(recording.kind, condition) for condition in conditions[recording.kind]]
+        if recording.kind == "original":
+            copies += [("deepfake", condition) for condition in conditions["fakes"]]
+        for kind, condition in copies:
+            folder = data_dir / kind / ("" if kind == "unknown" else "combined")
+            if recording.source in sources and kind != "unknown":
+                folder /= recording.source
+            name = f"{recording.name}__{condition}" + (f"-{recording.rest}" if recording.rest else "")
+            pictures.append(Picture(recording, condition, folder / name))
+    by_stem = defaultdict(list)
+    for picture in pictures:
+        by_stem[str(picture.stem).lower()].append(picture.recording.path)  # some file systems ignore case
+    clashes = [" and ".join(paths) for paths in by_stem.values() if len(set(paths)) > 1]
+    for stem, paths in by_stem.items():
         whole, _, number = stem.rpartition("_")
-        if whole in images and number.isdigit():
-            raise ValueError(f"{images[whole][0]} and {path} might make the same image: rename one")
-    return images
+        if whole in by_stem and number.isdigit():
+            clashes.append(f"{by_stem[whole][0]} and {paths[0]}")
+    if clashes:
+        raise ValueError(f"recordings whose images would have the same name: {'; '.join(dict.fromkeys(clashes))}")
+    return pictures
+
+
+# ---- Images that exist
 
 
 def choose_settings(settings: dict, condition: str) -> dict:
     """Choose the settings that shape an image: those of the laundering do not concern a clean one."""
-    return {key: value for key, value in settings.items() if condition != "clean" or key not in LAUNDERING_SETTINGS}
+    return {name: settings[name] for name in (*FORMAT, *(LAUNDERING_SETTINGS if condition != "clean" else ()))}
 
 
-def checksum_file(path: Path) -> int:
+@cache
+def checksum_file(path: str) -> int:
     """Compute the CRC-32 of a file's content."""
-    return zlib.crc32(path.read_bytes())
+    return zlib.crc32(Path(path).read_bytes())
 
 
-def find_finished(folder: Path, images: dict[str, tuple[Path, str]], settings: dict) -> set[str]:
+def read_notes(path: Path) -> Optional[dict]:
+    """Read what the maker stored in an image; None: it is not the maker's."""
+    try:
+        with Image.open(path) as image:
+            notes = json.loads(image.text[TEXT_KEY])
+        return notes if {"settings", "parts"} <= notes.keys() else None
+    except (OSError, KeyError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def find_finished(folders: set[Path], pictures: list[Picture], settings: dict) -> set[Path]:
     """Find the stems whose images are all there, made with these settings from these recordings.
 
+    Args:
+        folders: class folders and unknown/, in which nothing of another format may lie.
+
     Raises:
-        ValueError: an image in the folder was made with other settings; or one of the same name from another
-            recording, or not by this script.
+        ValueError: an image there was made with other settings, from another recording, or not by this script.
     """
-    found, take_checksum = defaultdict(list), cache(checksum_file)
-    for path in folder.glob("*.png"):
-        stem = path.stem if path.stem in images else path.stem.rpartition("_")[0]
-        try:
-            with Image.open(path) as image:
-                stored = json.loads(image.text[TEXT_KEY])
-            stored["settings"], stored["parts"]
-        except (OSError, KeyError, ValueError, TypeError, AttributeError, UnidentifiedImageError):
-            if stem in images:
-                raise ValueError(f"{path} is there, but not from this script: move it away") from None
+    planned, found = {picture.stem: picture for picture in pictures}, defaultdict(list)
+    for path in (Path(file) for folder in sorted(folders) for file in runtime.find_files(folder)[0]):
+        if path.suffix.lower() != ".png":
             continue
-        condition = images[stem][1] if stem in images else "clean"
-        for key, value in choose_settings(settings, condition).items():
-            if stored["settings"].get(key) != value:
+        stem = path.with_suffix("")
+        stem = stem if stem in planned else stem.with_name(stem.name.rpartition("_")[0] or stem.name)
+        notes = read_notes(path)
+        if notes is None:
+            raise ValueError(f"{path} was not made by this script: move it and its like out of {path.parent}")
+        condition = planned[stem].condition if stem in planned else "clean"
+        for name, value in choose_settings(settings, condition).items():
+            if (stored := notes["settings"].get(name.lower())) != value:
                 raise ValueError(
-                    f"{path} was made with {key.upper()} = {stored['settings'].get(key)}, now it is "
-                    f"{value}: choose another OUTPUT_DIR, or move the old images away"
+                    f"{path} was made with {name} = {stored}, now it is {value}: move the old images out of "
+                    f"{path.parent}, or set {name} back"
                 )
-        if stem in images:
-            if stored.get("recording_crc32") != take_checksum(images[stem][0]):
-                raise ValueError(f"{path} was made from another {images[stem][0].name}: move the old images away")
-            found[stem].append(stored["parts"])
+        if stem in planned:
+            recording = planned[stem].recording.path
+            if notes.get("recording_crc32") != checksum_file(recording):
+                name = os.path.basename(recording)
+                raise ValueError(f"{path} was made from another {name}: move the old images away")
+            found[stem].append(notes["parts"])
     return {stem for stem, parts in found.items() if len(parts) == parts[0]}
 
 
-def check_settings(settings: dict) -> None:
-    """Raise ValueError that names every setting which cannot be used, its value and what is allowed."""
-    rate = settings["sample_rate"]
-    steps = [step for condition in settings["conditions"] for step in str(condition).split("+")]
-    rules = {
-        "conditions": (
-            lambda v: steps and set(steps) <= {"clean", *LAUNDERING},
-            f"some of clean, {', '.join(LAUNDERING)}, or several joined by +",
-        ),
-        "snr_range_db": (lambda v: v[0] <= v[1], "(lowest, highest)"),
-        "rt60_range_s": (lambda v: 0.05 <= v[0] <= v[1], "(shortest, longest), from 0.05"),
-        "seed": (lambda v: v == int(v) and v >= 0, "a whole number of at least 0"),
-        "sample_rate": (lambda v: v >= 1000 and v == int(v), "a whole number of at least 1000 Hz"),
-        "window_s": (lambda v: v * rate >= 8, "at least 8 samples long"),
-        "hop_s": (lambda v: v * rate >= 1, "at least 1 sample long"),
-        "frequency_range_hz": (lambda v: 0 <= v[0] < v[1] <= rate / 2, "(low, high), up to half the sample rate"),
-        "frequency_scale": (lambda v: v in ("mel", "linear"), "mel or linear"),
-        "db_range": (lambda v: v[0] < v[1], "(darkest, brightest)"),
-        "seconds_per_image": (lambda v: v >= settings["hop_s"], "at least HOP_S"),
-        "image_size": (lambda v: v >= 8 and v == int(v), "a whole number of at least 8"),
-        "grey_levels": (lambda v: 2 <= v <= 256 and v == int(v), "a whole number from 2 to 256"),
-    }
+# ---- Making
 
-    def is_legal(name: str) -> bool:
+
+class Tally(NamedTuple):
+    """What was made of one kind of recordings."""
+
+    images: Counter  # by kind
+    seconds: Counter  # of audio, by kind
+    silent: Counter  # parts without sound, by kind
+    failed: list[str]  # a line for each recording or copy that was left out
+
+
+def make_images(todo: list[Picture], settings: dict, babble: list[str]) -> Tally:
+    """Make the images of every recording; continue past what cannot be read."""
+    by_recording = defaultdict(list)
+    for picture in todo:
+        by_recording[picture.recording].append(picture)
+    tally = Tally(Counter(), Counter(), Counter(), [])
+    for recording, pictures in tqdm(by_recording.items(), "Making spectrograms", unit=" recordings", disable=None):
         try:
-            return rules[name][0](settings[name])
-        except (TypeError, ValueError, IndexError):
-            return False
+            samples, peak = read_audio(recording.path, settings["SAMPLE_RATE"])
+            if len(samples) < settings["WINDOW_S"] * settings["SAMPLE_RATE"]:
+                raise ValueError("it is shorter than WINDOW_S")
+            duration, starts = place_parts(len(samples), settings)
+            filled, hop = fill_up(samples, duration), round(settings["HOP_S"] * settings["SAMPLE_RATE"])
+            loud = [start for start in starts if np.ptp(filled[start * hop :][:duration]) > 2 * SILENCE / peak]
+            if not loud:
+                raise ValueError("it holds nothing but silence")
+            notes = {"parts": len(loud), "recording_crc32": checksum_file(recording.path)}
+        except Exception as error:  # decoders raise many kinds; every one is reported by name
+            tally.failed.append(f"{recording.path}: {explain(error)}")
+            continue
+        tally.seconds[recording.kind] += len(samples) / settings["SAMPLE_RATE"]
+        tally.silent[recording.kind] += len(starts) - len(loud)
+        for picture in pictures:
+            try:
+                tally.images[picture.stem.parent] += make_picture(picture, samples, loud, settings, (notes, babble))
+            except Exception as error:
+                tally.failed.append(f"{recording.path} ({picture.condition}): {explain(error)}")
+    return tally
 
-    wrong = [f"{name.upper()} = {settings[name]!r} (allowed: {rules[name][1]})" for name in rules if not is_legal(name)]
-    if wrong:
-        raise ValueError("; ".join(wrong))
+
+def explain(error: Exception) -> str:
+    """Explain in one line why a recording was left out."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def make_images(
-    images: dict[str, tuple[Path, str]], folder: Path, settings: dict, babble: list[Path]
-) -> tuple[int, list[str]]:
-    """Make the images of every recording; go on past what cannot be read.
+def make_picture(picture: Picture, samples: np.ndarray, starts: list[int], settings: dict, about: tuple) -> int:
+    """Make the image, or images, of a recording under one condition. Returns how many.
+
+    Args:
+        starts: of the parts, in windows.
+        about: notes to store in the images, and recordings that babble may be made of.
+    """
+    notes, babble = about
+    others = [path for path in babble if os.path.basename(path) != os.path.basename(picture.recording.path)]
+    seed = [settings["SEED"], zlib.crc32(picture.stem.name.encode("utf-8"))]
+    rate = settings["SAMPLE_RATE"]
+    draw = Draw(rate, np.random.default_rng(seed), settings, others, lambda path: read_audio(path, rate)[0])
+    laundered, words = launder(samples, picture.condition, draw)
+    duration, _ = place_parts(len(samples), settings)
+    parts = draw_parts(fill_up(laundered, duration), starts, settings)
+    notes = {**notes, **({"laundering": words} if words else {})}
+    picture.stem.parent.mkdir(parents=True, exist_ok=True)
+    for number, (part, start) in enumerate(zip(parts, starts), 1):
+        path = picture.stem.with_name(picture.stem.name + (f"_{number}" if len(parts) > 1 else "") + ".png")
+        stored = {**notes, "start_s": round(start * settings["HOP_S"], 3)}
+        runtime.write_file(path, encode_png(part, choose_settings(settings, picture.condition), stored))
+    return len(parts)
+
+
+# ---- Lists of images
+
+
+def list_images(pictures: list[Picture], data_dir: Path) -> list[tuple[str, Picture, float]]:
+    """List the images that exist of these pictures: path below data_dir, picture, start of the part in s."""
+    images = []
+    for picture in pictures:
+        number = 1
+        while True:
+            suffixes = (f"_{number}.png", ".png") if number == 1 else (f"_{number}.png",)
+            paths = [picture.stem.with_name(picture.stem.name + suffix) for suffix in suffixes]
+            path = next((path for path in paths if path.exists()), None)
+            if path is None:
+                break
+            start_s = (read_notes(path) or {}).get("start_s", 0.0)
+            images.append((path.relative_to(data_dir).as_posix(), picture, start_s))
+            number += 1
+    return images
+
+
+def write_list(path: Path, header: list[str], rows: list[list[str]]) -> str:
+    """Write a CSV of images, unless it holds verdicts on other images. Returns what was done, "" for nothing."""
+    if path.exists():
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            old = list(csv.DictReader(file))
+        if [row.get("img_path") for row in old] == [row[0] for row in rows]:
+            return f"{path.name} already lists these {len(rows):,} images"
+        judged = {row.get("img_path") for row in old if row.get("predicted_output")}
+        if not judged <= {row[0] for row in rows}:
+            raise ValueError(f"{path} holds verdicts on other images: rename it, and run this script again")
+    if not rows and not path.exists():
+        return ""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runtime.write_file(path, buffer.getvalue().encode())
+    return f"{path.name} lists {len(rows):,} images"
+
+
+def choose_test_speakers(recordings: list[Recording], fraction: float, seed: int) -> set[str]:
+    """Choose speakers (folders of recordings) for testing, a fraction of each class; the same when others are added.
 
     Returns:
-        The number of files written, and a line for each recording or copy that was left out.
+        Names of folders; none where a class has fewer than two.
     """
-    by_recording = defaultdict(dict)
-    for stem, (path, condition) in images.items():
-        by_recording[path][stem] = condition
-    written, failed = 0, []
-    for path, copies in tqdm(by_recording.items(), "Making spectrograms", unit=" recordings", disable=None):
-        others = [other for other in babble if other.stem != path.stem]
-        try:
-            checksum, samples = checksum_file(path), read_audio(path, settings["sample_rate"])
-            if len(samples) < settings["window_s"] * settings["sample_rate"]:
-                raise ValueError("it is shorter than WINDOW_S")
-        except Exception as error:  # the decoders raise many kinds; every one is reported by name
-            failed.append(f"{path}: {str(error) or type(error).__name__}")
-            continue
-        for stem, condition in copies.items():
-            try:
-                laundered, words = launder(samples, condition, stem, settings, others)
-                parts = cut_parts(laundered, settings)
-            except Exception as error:
-                failed.append(f"{path} ({condition}): {str(error) or type(error).__name__}")
-                continue
-            notes = {"parts": len(parts), "recording_crc32": checksum, **({"laundering": words} if words else {})}
-            for number, part in enumerate(parts, 1):
-                name = f"{stem}_{number}.png" if len(parts) > 1 else f"{stem}.png"
-                write_file(folder / name, encode_png(part, choose_settings(settings, condition), notes))
-                written += 1
-    return written, [f"left out: {line}".splitlines()[0] for line in failed]
+    by_class = [{r.folder for r in recordings if r.kind == kind} - {""} for kind in ("original", "deepfake")]
+    if not fraction or min(map(len, by_class)) < 2:
+        return set()
+    order = sorted(set.union(*by_class), key=lambda name: (zlib.crc32(f"{seed} {name}".encode()), name))
+    order.sort(key=lambda name: -sum(name in names for names in by_class))  # those of both classes first
+    chosen: set[str] = set()
+    for name in order:
+        lacking = [names for names in by_class if len(names & chosen) < max(1, round(fraction * len(names)))]
+        if any(name in names for names in lacking) and not any(names <= chosen | {name} for names in by_class):
+            chosen.add(name)
+    return chosen
 
 
-def collect_settings() -> dict:
-    """Collect the settings that shape images."""
-    return {
-        "sample_rate": SAMPLE_RATE,
-        "window_s": WINDOW_S,
-        "hop_s": HOP_S,
-        "frequency_range_hz": FREQUENCY_RANGE_HZ,
-        "frequency_scale": FREQUENCY_SCALE,
-        "db_range": DB_RANGE,
-        "seconds_per_image": SECONDS_PER_IMAGE,
-        "image_size": IMAGE_SIZE,
-        "grey_levels": GREY_LEVELS,
-        "snr_range_db": SNR_RANGE_DB,
-        "rt60_range_s": RT60_RANGE_S,
-        "seed": SEED,
+# ---- Main
+
+KINDS = ("original", "deepfake", "unknown")
+
+
+def check_settings(settings: dict) -> None:
+    """Raise ValueError that names every setting that cannot be used, its value and what is allowed."""
+    rate, rule = settings["SAMPLE_RATE"], runtime.Rule
+    laundering = f"clean, {', '.join([*LAUNDERING, *RESYNTHESES])}, or several joined by +"
+
+    def are_conditions(value: tuple, first: set[str]) -> bool:
+        steps = [condition.split("+") for condition in value]
+        known = {"clean", *LAUNDERING, *RESYNTHESES}
+        return not isinstance(value, str) and all(first & set(names) and set(names) <= known for names in steps)
+
+    rules = {
+        "CONDITIONS": rule(lambda v: v and are_conditions(v, {"clean", *LAUNDERING}), f"some of {laundering}"),
+        "FAKES": rule(lambda v: are_conditions(v, {*RESYNTHESES}), f"() or some of {', '.join(RESYNTHESES)}"),
+        "SNR_RANGE_DB": rule(lambda v: v[0] <= v[1], "(lowest, highest)"),
+        "RT60_RANGE_S": rule(lambda v: 0.05 <= v[0] <= v[1], "(shortest, longest), from 0.05"),
+        "HOLDOUT_SPEAKERS": runtime.number(0, 0.9),
+        "SEED": runtime.whole_number(0),
+        "SAMPLE_RATE": runtime.whole_number(1000),
+        "WINDOW_S": rule(lambda v: v * rate >= 8, "at least 8 samples long"),
+        "HOP_S": rule(lambda v: v * rate >= 1, "at least 1 sample long"),
+        "FREQUENCY_RANGE_HZ": rule(lambda v: 0 <= v[0] < v[1] <= rate / 2, "(low, high), up to half the sample rate"),
+        "FREQUENCY_SCALE": runtime.one_of("mel", "linear"),
+        "DB_RANGE": rule(lambda v: v[0] < v[1], "(darkest, brightest)"),
+        "SECONDS_PER_IMAGE": rule(lambda v: v >= settings["HOP_S"], "at least HOP_S"),
+        "IMAGE_SIZE": runtime.whole_number(8),
+        "GREY_LEVELS": runtime.whole_number(2, 256),
     }
+    runtime.check_settings(settings, rules)
+
+
+def choose_conditions(settings: dict) -> tuple[dict[str, list[str]], list[str]]:
+    """Choose the copies to make, as `plan_pictures` takes them; without soundfile, a line for what needs it."""
+    conditions, fakes = (list(dict.fromkeys(settings[name])) for name in ("CONDITIONS", "FAKES"))
+    problems = []
+    if not find_spec("soundfile"):
+        lacking = [condition for condition in (*conditions, *fakes) if "codec" in condition]
+        if lacking:
+            problems.append(f"condition {', '.join(lacking)}: codecs need soundfile: pip install soundfile")
+        conditions, fakes = ([c for c in names if c not in lacking] for names in (conditions, fakes))
+    return {"original": conditions, "deepfake": conditions, "unknown": ["clean"], "fakes": fakes}, problems
+
+
+def report_kind(kind: str, recordings: list[Recording], tally: Tally, images: int, ignored: Counter) -> None:
+    """Print what there is of one kind of recordings, and what was left out."""
+    of_kind = [recording for recording in recordings if recording.kind == kind]
+    seconds, silent = tally.seconds[kind], tally.silent[kind]
+    print(
+        f"{kind}: {len(of_kind):,} recordings, {images:,} images"
+        + (f"; {seconds:,.0f} s of audio read now" if seconds else "")
+        + (f"; {silent:,} parts without sound left out" if silent else "")
+        + (f"; not audio: {', '.join(f'{n:,} {suffix}' for suffix, n in sorted(ignored.items()))}" if ignored else "")
+    )
 
 
 def main() -> int:
-    """Make what is missing in OUTPUT_DIR. Returns the exit status: 0, or 1 if a file was left out."""
-    here = Path(__file__).resolve().parent
-    settings = collect_settings()
-    check_settings({"conditions": CONDITIONS, **settings})
-    settings = json.loads(json.dumps(settings))  # as the images will give them back
-    paths = find_audio(here / INPUT_DIR)
-    images = name_images(paths, list(dict.fromkeys(CONDITIONS)))
-    babble = find_audio(here / BABBLE_DIR) if BABBLE_DIR else []
-    if any("codec" in condition for condition in CONDITIONS) and not find_spec("soundfile"):
-        print("soundfile is not installed: codecs are mu-law, A-law and ADPCM only")
-    folder = here / OUTPUT_DIR
-    folder.mkdir(parents=True, exist_ok=True)
-    finished = find_finished(folder, images, settings)
-    todo = {stem: image for stem, image in images.items() if stem not in finished}
-    written, failed = make_images(todo, folder, settings, babble)
-    for line in failed:
-        print(line, file=sys.stderr)
-    print(
-        f"{len(paths)} recordings, {len(images)} copies of them: {len(finished)} had their images already, "
-        f"{written} images made now, {len(failed)} recordings or copies left out"
-    )
-    print(f"Images in {folder}")
-    return 1 if failed else 0
+    """Make the images that are missing. Returns the exit status: 0, or 1 if something was left out."""
+    data_dir = Path(__file__).resolve().parent
+    names = (*FORMAT, *LAUNDERING_SETTINGS, "CONDITIONS", "FAKES", "HOLDOUT_SPEAKERS")
+    settings = {name: globals()[name] for name in names}
+    check_settings(settings)
+    settings = json.loads(json.dumps(settings))  # as the images give them back
+    audio_dir = Path(os.path.normpath(data_dir / AUDIO_DIR))
+    recordings, problems, ignored = [], [], {}
+    for kind in KINDS:
+        if (audio_dir / kind).is_dir():
+            found, failed, ignored[kind] = find_recordings(audio_dir / kind, kind)
+            recordings += found
+            problems += failed
+    if not recordings:
+        hint = f"put genuine recordings into {audio_dir / 'original'}, fakes into {audio_dir / 'deepfake'}, "
+        raise ValueError("; ".join([*problems, f"no audio: {hint}and those to judge into {audio_dir / 'unknown'}"]))
+    if not find_spec("soundfile"):
+        others = sum(not recording.path.lower().endswith((".wav", ".wave")) for recording in recordings)
+        print(f"soundfile is not installed (pip install soundfile): {others:,} files that are not WAV need it")
+    conditions, missing = choose_conditions(settings)
+    problems += missing
+    pictures = plan_pictures(recordings, conditions, data_dir)
+    folders = {picture.stem.relative_to(data_dir).parts[0] for picture in pictures}
+    finished = find_finished({data_dir / folder for folder in folders}, pictures, settings)
+    babble = [r.path for r in find_recordings(data_dir / BABBLE_DIR, "babble")[0]] if BABBLE_DIR else []
+    tally = make_images([picture for picture in pictures if picture.stem not in finished], settings, babble)
+
+    images = list_images(pictures, data_dir)
+    for kind in ignored:
+        count = sum(picture.recording.kind == kind for _, picture, _ in images)
+        report_kind(kind, recordings, tally, count, ignored[kind])
+    made = sum(tally.images.values())
+    print(f"{made:,} images made now; {len(finished):,} of {len(pictures):,} copies were there already")
+    write_lists(images, recordings, settings, data_dir.parent / "test_data")
+    problems += tally.failed
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
-def run_script() -> int:
-    """Run main() as a command: its status, or one line on standard error and the status that fits."""
-    if len(sys.argv) > 1:
-        if sys.argv[1:] in (["--help"], ["-h"]):
-            print(__doc__)
-            return 0
-        print("error: no arguments are taken: edit the settings at the top of the script", file=sys.stderr)
-        return 2
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end the run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        return main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C; run it again to go on", file=sys.stderr)
-        return 130
+def write_lists(images: list[tuple], recordings: list[Recording], settings: dict, folder: Path) -> None:
+    """Write the lists of the images to judge, and of whole speakers to test on."""
+    unknown = [[path, p.recording.name, f"{start_s:g}"] for path, p, start_s in images if p.recording.kind == "unknown"]
+    lines = [write_list(folder / "unknown.csv", ["img_path", "recording", "start_s"], unknown)] if unknown else []
+    speakers = choose_test_speakers(recordings, settings["HOLDOUT_SPEAKERS"], settings["SEED"])
+    own = [
+        [path, p.recording.kind.capitalize(), p.recording.folder, p.condition]
+        for path, p, _ in images
+        if p.recording.folder in speakers and path.startswith(p.recording.kind)
+    ]
+    if own:
+        lines.append(write_list(folder / "test_own.csv", ["img_path", "actual_output", "speaker", "condition"], own))
+        lines[-1] += f" of {len(speakers)} speakers: name it in HOLDOUT_CSVS and in CSV_FILES"
+    for line in filter(None, lines):
+        print(line)
 
 
 if __name__ == "__main__":
-    sys.exit(run_script())
+    sys.exit(runtime.run_script(main, __doc__, "run it again to make the rest"))
