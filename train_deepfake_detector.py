@@ -26,6 +26,7 @@ import re
 import socket
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -125,37 +126,38 @@ class Outputs(NamedTuple):
 class Batches:
     """The batches of one epoch after another, of each this rank's part, as lists of indices.
 
-    All ranks draw the same order, so that together they take the batches that a single process would take.
+    Images are drawn with replacement, by weight: classes count the same within each source. All ranks draw the same
+    order, so that together they take the batches that a single process would take.
     """
 
-    def __init__(self, images: int, batch_size: int, team: Team) -> None:
-        self.images, self.batch_size, self.team = images, min(batch_size, images), team
+    def __init__(self, weights: np.ndarray, batch_size: int, team: Team) -> None:
+        self.weights, self.batch_size, self.team = torch.from_numpy(weights), min(batch_size, len(weights)), team
         self.generator = torch.Generator()
 
     def __len__(self) -> int:
-        return self.images // self.batch_size  # a last batch of one image would upset batch normalisation
+        return len(self.weights) // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(self.images, generator=self.generator)[: len(self) * self.batch_size]
+        count = len(self) * self.batch_size
+        order = torch.multinomial(self.weights, count, replacement=True, generator=self.generator)
         for batch in order.split(self.batch_size):
             yield self.team.take_part(batch).tolist()
 
 
 def build_loaders(data: Data, compute: Compute, settings: dict, team: Team) -> tuple[DataLoader, DataLoader]:
-    """Build the training loader, shuffled anew in each epoch, and the validation loader, for this rank's part of each.
+    """Build the training loader, drawn anew in each epoch, and the validation loader, for this rank's part of each.
 
     Where nothing is left to decode, workers would only take the network's cores: a cached image costs 0.2 ms.
     """
-    train, val = data.train, data.val
-    on_gpu, entries = compute.device.type == "cuda", train.dataset.cache.entries
+    on_gpu, entries = compute.device.type == "cuda", data.train.dataset.cache.entries
     workers = runtime.choose_workers(settings["WORKERS"], team.local_size)
     if settings["WORKERS"] is None and not on_gpu and all(entry.offset is not None for entry in entries.values()):
         workers = 0
     common = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": on_gpu}
-    batches = Batches(len(train), settings["BATCH_SIZE"], team)
-    val_part = Subset(val.dataset, team.take_part(val.indices))
+    batches = Batches(data.weights, settings["BATCH_SIZE"], team)
+    val_part = Subset(data.val.dataset, team.take_part(data.val.indices))
     val_batch = max(1, 2 * settings["BATCH_SIZE"] // team.size)
-    return DataLoader(train, batch_sampler=batches, **common), DataLoader(val_part, val_batch, **common)
+    return DataLoader(data.train, batch_sampler=batches, **common), DataLoader(val_part, val_batch, **common)
 
 
 # ---- Augmentation: images are changed as other rooms, channels and moments would change the spectrogram.
@@ -310,9 +312,12 @@ class Run:
 
     Attributes:
         history: a dict per epoch, as in history.csv.
-        last: epoch, metrics and calibration of the last epoch, as its checkpoint holds them.
+        last: epoch, metrics, calibration and validation scores of the last epoch, as its checkpoint holds them.
+        val_recordings: the recording of each validation image.
         parts: in so many parts a batch is computed; 1 until the memory ran out.
     """
+
+    val_recordings: list[str]
 
     def __init__(self, model: nn.Module, steps: int, compute: Compute, outputs: Outputs, facts: dict) -> None:
         """Set up optimizer and schedule.
@@ -458,19 +463,14 @@ def scale_rate(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2 if step < steps else 0.0
 
 
-def build_loss(labels: torch.Tensor, smoothing: float) -> nn.CrossEntropyLoss:
-    """Build the loss, summed over images, in which both classes weigh the same in all of training."""
-    weights = len(labels) / (len(CLASSES) * torch.bincount(labels, minlength=len(CLASSES)))
-    return nn.CrossEntropyLoss(weights, label_smoothing=smoothing, reduction="sum")
-
-
 def train_one_epoch(
-    run: Run, network: nn.Module, loss: nn.CrossEntropyLoss, loader: DataLoader, augmentation: Callable
+    run: Run, network: nn.Module, loader: DataLoader, loss_fn: Callable, augmentation: Callable
 ) -> float:
     """Take one optimizer step per batch of augmented images.
 
     Args:
         network: run.model, wrapped where several processes share the work.
+        loss_fn: the loss of logits (images, classes) and labels (images,), summed over images.
 
     Returns:
         The mean loss.
@@ -479,11 +479,13 @@ def train_one_epoch(
         ValueError: a loss is not finite.
     """
     network.train()
-    device, losses = run.compute.device, []
+    device, batches, losses = run.compute.device, loader.batch_sampler, []
+    weight = batches.batch_size / batches.team.size  # of the images of a rank's part: gradients are averaged over ranks
     for images, labels in tqdm(loader, "Training", leave=False, unit=" batches", disable=None):
         images = images.to(device, non_blocking=True).float().div_(255)
         inputs = detector.to_input(augmentation(images), IMAGENET_MEAN, IMAGENET_STD)
-        losses.append(add_gradients(run, network, loss, inputs, labels.to(device, non_blocking=True)))
+        labels = labels.to(device, non_blocking=True)
+        losses.append(add_gradients(run, network, inputs, lambda *part: loss_fn(*part) / weight, labels))
         if len(losses) % 50 == 0 or len(losses) == len(loader):  # seldom: the GPU has to be waited for
             check_losses(losses[-50:], len(losses))
         run.scaler.step(run.optimizer)
@@ -493,7 +495,7 @@ def train_one_epoch(
 
 
 def add_gradients(
-    run: Run, network: nn.Module, loss: nn.CrossEntropyLoss, inputs: torch.Tensor, labels: torch.Tensor
+    run: Run, network: nn.Module, inputs: torch.Tensor, loss_fn: Callable, labels: torch.Tensor
 ) -> torch.Tensor:
     """Compute a batch's gradients; where the memory runs out, again in twice as many parts. Returns its loss, a scalar.
 
@@ -502,8 +504,16 @@ def add_gradients(
     """
     while True:
         size = math.ceil(len(inputs) / run.parts)
+        run.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=run.compute.device)
         try:
-            return add_gradients_in_parts(run, network, loss, inputs.split(size), labels.split(size))
+            for part_inputs, part_labels in zip(inputs.split(size), labels.split(size)):
+                with run.compute.autocast():
+                    logits = network(part_inputs)
+                loss = loss_fn(logits.float(), part_labels)
+                run.scaler.scale(loss).backward()
+                total += loss.detach()
+            return total
         except RuntimeError as error:
             alone = network is run.model  # other processes would wait for all gradients
             if size == 1 or not alone or not runtime.is_out_of_memory(error):
@@ -513,25 +523,6 @@ def add_gradients(
         run.parts *= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def add_gradients_in_parts(
-    run: Run, network: nn.Module, loss: nn.CrossEntropyLoss, inputs: tuple, labels: tuple
-) -> torch.Tensor:
-    """Compute a batch's gradients from its parts. Returns the batch's loss, a scalar."""
-    run.optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=run.compute.device)
-    weight = loss.weight[torch.cat(labels)].sum()
-    if network is not run.model:  # gradients are averaged over the ranks: so is the weight of their batches
-        torch.distributed.all_reduce(weight)
-        weight /= torch.distributed.get_world_size()
-    for part_inputs, part_labels in zip(inputs, labels):
-        with run.compute.autocast():
-            logits = network(part_inputs)
-        part_loss = loss(logits.float(), part_labels) / weight
-        run.scaler.scale(part_loss).backward()
-        total += part_loss.detach()
-    return total
 
 
 def check_losses(losses: list[torch.Tensor], steps: int) -> None:
@@ -588,13 +579,30 @@ def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     }
 
 
+def calibrate(logits: torch.Tensor, labels: torch.Tensor, recordings: list[str]) -> dict:
+    """Fit the calibration, and list what validation scores with it: what a later score is compared with.
+
+    Returns:
+        calibration, and validation_scores: for each class the mean log-likelihood ratios (higher = more bona fide) of
+        its recordings, sorted, float32.
+    """
+    calibration = detector.fit_calibration(logits, labels)
+    llr = -(calibration["scale"] * (logits[:, 0] - logits[:, 1]) + calibration["offset"])
+    scores = {}
+    for index, name in enumerate(CLASSES):
+        by_recording = defaultdict(list)
+        for i in torch.nonzero(labels == index).flatten().tolist():
+            by_recording[recordings[i]].append(llr[i].item())
+        scores[name] = torch.tensor(sorted(np.mean(values) for values in by_recording.values()), dtype=torch.float32)
+    return {"calibration": calibration, "validation_scores": scores}
+
+
 def fit(run: Run, loaders: tuple[DataLoader, DataLoader], conditions: dict, team: Team) -> None:
     """Train, validate and print a line per epoch; keep history, best checkpoint and state up to date."""
     settings, device = run.facts["settings"], run.compute.device
     train_loader, val_loader = loaders
-    train = train_loader.dataset
-    loss = build_loss(torch.tensor([train.dataset.targets[i] for i in train.indices]), settings["LABEL_SMOOTHING"])
-    loss, rng = loss.to(device), torch.Generator(device)
+    loss_fn = partial(nn.functional.cross_entropy, label_smoothing=settings["LABEL_SMOOTHING"], reduction="sum")
+    rng = torch.Generator(device)
     colours = run.facts["appearance"]["colours"].to(device)
     augmentation = partial(augment, colours=colours, crop=settings["TIME_CROP"], rng=rng)
     network = team.wrap_model(run.model, device)
@@ -606,7 +614,7 @@ def fit(run: Run, loaders: tuple[DataLoader, DataLoader], conditions: dict, team
         train_loader.batch_sampler.generator.manual_seed(settings["SEED"] * 1_000_003 + epoch)
         rng.manual_seed((settings["SEED"] * 1_000_003 + epoch) * team.size + team.rank)
         row = {"epoch": epoch, "learning_rate": run.schedule.get_last_lr()[0]}
-        losses = team.gather(train_one_epoch(run, network, loss, train_loader, augmentation))
+        losses = team.gather(train_one_epoch(run, network, train_loader, loss_fn, augmentation))
         row["train_loss"] = float(np.mean(losses))
         team.copy_buffers(run.model)
         logits, labels = predict_logits(run, val_loader, settings["BATCH_SIZE"], team)
@@ -614,8 +622,8 @@ def fit(run: Run, loaders: tuple[DataLoader, DataLoader], conditions: dict, team
         row["seconds"] = time.perf_counter() - started
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
         run.history.append(row)
-        metrics = {name: row[name] for name in METRICS}
-        run.last = {"epoch": epoch, "metrics": metrics, "calibration": detector.fit_calibration(logits, labels)}
+        run.last = {"epoch": epoch, "metrics": {name: row[name] for name in METRICS}}
+        run.last |= calibrate(logits, labels, run.val_recordings)
         if team.rank == 0:
             run.save_epoch(conditions)
 
@@ -719,6 +727,7 @@ def main() -> int:
     settings = {**settings, "LEARNING_RATE": LEARNING_RATE or (1e-3 if from_random else 3e-4)}
     print(f"Start: {start}; learning rate {settings['LEARNING_RATE']:g}, at most {EPOCHS} epochs")
     run = Run(model, len(loaders[0]) * EPOCHS, compute, outputs, collect_facts(data, start, settings))
+    run.val_recordings = data.val_recordings
     if state:
         run.restore(state)
     fit(run, loaders, conditions, team)

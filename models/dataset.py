@@ -29,6 +29,8 @@ class Data(NamedTuple):
 
     train: Subset
     val: Subset
+    weights: np.ndarray  # of the training images, for drawing them
+    val_recordings: list[str]  # the recording of each validation image
     fingerprints: dict[str, int]  # of the pixels of the images used, by path
     checks: dict  # results of checks, by the names that the checkpoint gives them
 
@@ -279,13 +281,25 @@ def split_by_recording(groups: np.ndarray, labels: np.ndarray, val_fraction: flo
     return in_val[groups]
 
 
-def split_images(folder: SpectrogramFolder, paths: list[str], settings: dict) -> tuple[Subset, Subset, Optional[dict]]:
+def weigh_images(sources: list[str], labels: np.ndarray) -> np.ndarray:
+    """Weigh images for drawing: classes count the same within each source, sources by the square root of their size.
+
+    So a network learns less of what tells the sources apart. Images without a source count as one more.
+
+    Returns:
+        float64, shape (images,), sum 1.
+    """
+    pairs = list(zip(sources, labels.tolist()))
+    sizes, counts = Counter(sources), Counter(pairs)
+    classes = Counter(source for source, _ in counts)
+    weights = [sizes[source] ** 0.5 / classes[source] / counts[source, label] for source, label in pairs]
+    return np.array(weights) / sum(weights)
+
+
+def split_images(folder: SpectrogramFolder, paths: list[str], settings: dict) -> Data:
     """Split the chosen images into training and validation, print what each side holds, and check for shortcuts.
 
     Where there are enough sources, whole ones are held out for validation, else whole recordings.
-
-    Returns:
-        Both sides, and what `check_shortcuts` found.
 
     Raises:
         ValueError: a class has too few recordings.
@@ -314,7 +328,14 @@ def split_images(folder: SpectrogramFolder, paths: list[str], settings: dict) ->
             members = np.flatnonzero(mask & (labels == index))
             counts.append(f"{len(members):,} {name} images ({len({recordings[i] for i in members}):,} recordings)")
         print(f"{side}: {', '.join(counts)}")
-    return Subset(folder, indices[~in_val].tolist()), Subset(folder, indices[in_val].tolist()), shortcuts
+    return Data(
+        Subset(folder, indices[~in_val].tolist()),
+        Subset(folder, indices[in_val].tolist()),
+        weigh_images([source for source, is_val in zip(sources, in_val) if not is_val], labels[~in_val]),
+        [recording for recording, is_val in zip(recordings, in_val) if is_val],
+        dict(zip(paths, fingerprints)),
+        {"shortcuts": shortcuts},
+    )
 
 
 def report_names(paths: list[str], recordings: list[str], fingerprints: list[int], labels: np.ndarray) -> None:
@@ -380,6 +401,6 @@ def prepare_data(folder: SpectrogramFolder, listed: list[str], settings: dict, t
     read_all_images(folder.cache, [*paths, *elsewhere], runtime.choose_workers(settings["WORKERS"]), team)
     allowed = leave_out_holdout(folder, listed, settings["RECORDING_PATTERN"])
     used = leave_out_unreadable(allowed, folder.cache.reasons, settings["MAX_UNREADABLE"], team.rank)
-    train, val, shortcuts = split_images(folder, used, settings)
-    fingerprints = {path: folder.cache.entries[path].fingerprint for path in used}
-    return Data(train, val, fingerprints, {"unreadable_images": len(allowed) - len(used), "shortcuts": shortcuts})
+    data = split_images(folder, used, settings)
+    data.checks["unreadable_images"] = len(allowed) - len(used)
+    return data

@@ -1,11 +1,23 @@
 """The trainer: what it uses, what it leaves out, what it writes."""
 
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, TRAINER, assert_refused, make_image, make_project, read_checkpoint, read_csv, run, write_csv
+from conftest import (
+    QUICK,
+    TRAINER,
+    assert_refused,
+    make_image,
+    make_project,
+    read_checkpoint,
+    read_csv,
+    run,
+    run_process,
+    write_csv,
+)
 from PIL import Image
 
 import train_deepfake_detector as trainer
@@ -217,12 +229,42 @@ def test_wrong_settings_are_all_named_at_once(project, constants):
         assert f"{name} = {value!r} (allowed: " in outcome.err
 
 
-def test_uneven_classes_weigh_the_same(project):
-    for number in range(4, 12):
-        for part in (1, 2):
-            (project / f"data/original/combined/o{number}__clean_{part}.png").unlink()
-    labels = torch.tensor(dataset.find_images(project / "data").targets)
-    assert trainer.build_loss(labels, 0).weight.tolist() == pytest.approx([48 / 64, 48 / 32])
+def test_classes_weigh_the_same_within_each_source():
+    sources = ["a"] * 40 + [""] * 100
+    labels = np.array([0] * 30 + [1] * 10 + [0] * 10 + [1] * 90)
+    weights = dataset.weigh_images(sources, labels)
+    sums = {key: weights[[pair == key for pair in zip(sources, labels)]].sum() for key in zip(sources, labels)}
+    assert sums["a", 0] == pytest.approx(sums["a", 1])
+    assert sums["", 0] == pytest.approx(sums["", 1])
+    assert sums["", 0] / sums["a", 0] == pytest.approx((100 / 40) ** 0.5)
+    assert weights.sum() == pytest.approx(1)
+
+
+def test_batches_are_drawn_by_weight():
+    batches = trainer.Batches(np.array([0.5] + [0.5 / 99] * 99), 10, Team())
+    drawn = [index for _ in range(100) for batch in batches for index in batch]
+    assert len(drawn) == 10_000
+    assert drawn.count(0) / len(drawn) == pytest.approx(0.5, abs=0.03)
+    assert len(set(drawn)) == 100
+
+
+@pytest.mark.parametrize(("sources", "by_source"), [(6, True), (3, False)])
+def test_whole_sources_are_held_out_for_validation(tmp_path, sources, by_source, capsys):
+    for kind in ("deepfake", "original"):
+        for source in range(sources):
+            for number in range(4):
+                name = f"{kind}/combined/s{source}/{kind[0]}{source}{number}__clean.png"
+                make_image(tmp_path / "data" / name, 100 * source + number, fake=kind == "deepfake")
+    data = load_data(tmp_path, [])
+    folders = [
+        {path.split("/")[-2] for path in side}
+        for side in [[side.dataset.samples[i][0] for i in side.indices] for side in (data.train, data.val)]
+    ]
+    assert (not folders[0] & folders[1]) == by_source
+    words = (
+        f"{sources} sources with both classes; validation holds out whole {'sources' if by_source else 'recordings'}"
+    )
+    assert words in capsys.readouterr().out
 
 
 def test_loss_that_is_no_number_stops_the_run_and_says_what_to_try(project):
@@ -317,3 +359,87 @@ def test_trainer_warns_of_images_of_another_size_in_one_class(project):
     assert "WARNING: image size or brightness alone predicts the class (AUC: original width 1.00" in outcome.out
     checkpoint = read_checkpoint(project, "final")
     assert checkpoint["shortcuts"]["original height"] == 1.0
+
+
+def test_link_to_itself_takes_no_image_twice(project):
+    (project / "data/deepfake/combined/loop").symlink_to(project / "data/deepfake")
+    (project / "data/original/linked").symlink_to(project / "elsewhere")
+    make_image(project / "elsewhere/x.png", 1, fake=False)
+    assert len(dataset.find_images(project / "data")) == 2 * 16 * 2 + 1
+
+
+def test_folder_that_may_not_be_read_is_named(project, monkeypatch):
+    walk = os.walk
+
+    def refuse(folder, followlinks, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{folder}/locked"))
+        return walk(folder, followlinks=followlinks, onerror=onerror)
+
+    monkeypatch.setattr(os, "walk", refuse)
+    outcome = run(project, TRAINER, **QUICK)
+    assert outcome.status == 1
+    assert "left out: [Errno 13] Permission denied: " in outcome.err and "locked" in outcome.err
+
+
+def test_class_folder_may_differ_in_case_and_others_are_named(project):
+    (project / "data/original").rename(project / "data/Original")
+    assert len(dataset.find_images(project / "data")) == 2 * 16 * 2
+    (project / "data/Original").rename(project / "data/real")
+    assert_refused(run(project, TRAINER, **QUICK), "folder not found: ", "it holds deepfake, real")
+
+
+def test_files_of_other_kinds_are_counted_by_suffix(project, capsys):
+    for name in ("a.gif", "b.GIF", "c.avif", "d.jfif"):
+        (project / "data/deepfake/combined" / name).write_bytes(b"x")
+    dataset.find_images(project / "data")
+    assert "Ignored files in the class folders: 1 .avif, 2 .gif, 1 .jfif" in capsys.readouterr().out
+
+
+def test_equal_names_in_different_folders_are_said_and_a_pattern_tells_them_apart(project, capsys):
+    for speaker in ("p1", "p2"):
+        make_image(project / f"data/original/{speaker}/000.png", 5 if speaker == "p1" else 6, fake=False)
+    load_data(project, [])
+    said = capsys.readouterr().out
+    assert "1 file names, such as 000.png, are in several folders and count as one recording each" in said
+    assert dataset.FOLDER_PATTERN in said
+    load_data(project, [], RECORDING_PATTERN=dataset.FOLDER_PATTERN)
+    assert "are in several folders" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "name"),
+    [
+        (trainer.RECORDING_PATTERN, "original/a__b/x__clean_1.png", "x"),
+        (trainer.RECORDING_PATTERN, "original/a__b/x.png", "x"),
+        (r"^(.+?)__", "original/combined/x__clean.png", "x"),
+        (r"(p\d+)", "original/combined/p225/000.png", "p225"),
+        (r"([^/]+)/[^/]+$", "original/p225/000.png", "p225"),
+        (dataset.FOLDER_PATTERN, "original/p225/000__clean_1.png", "p225/000"),
+        (r"(p\d+)", "x.png", "x"),
+    ],
+)
+def test_recordings_are_named_by_file_or_folder(tmp_path, pattern, path, name):
+    assert detector.name_recording(str(tmp_path / path), tmp_path, pattern) == name
+
+
+def test_class_that_is_held_out_whole_is_named(project):
+    rows = [["img_path"], *([f"original/combined/{p.name}"] for p in (project / "data/original/combined").iterdir())]
+    write_csv(project / "test_data/test.csv", rows)
+    assert_refused(run(project, TRAINER, **QUICK), "all 32 images of class Original are held out")
+
+
+@pytest.mark.slow
+def test_listed_images_stay_out_where_file_names_are_not_utf8(project):
+    make_image(project / "data/original/combined/\u00e9t\u00e9__clean.png", 1, fake=False)
+    write_csv(project / "test_data/test.csv", [["img_path"], ["original/combined/\u00e9t\u00e9__clean.png"]])
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    outcome = run_process(project, TRAINER, env=env, **QUICK)
+    assert outcome.status == 0, outcome.err
+    assert "Held out: 1 of 1 listed images" in outcome.out
+
+
+def test_checkpoint_holds_the_scores_of_validation(trained):
+    scores = read_checkpoint(trained)["validation_scores"]
+    assert {name: len(values) for name, values in scores.items()} == {"Deepfake": 3, "Original": 3}
+    assert scores["Deepfake"].max() < scores["Original"].min()
+    assert all(torch.equal(values, values.sort().values) for values in scores.values())
