@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models import ResNet18_Weights, WeightsEnum
 from tqdm import tqdm
 
-from models import dataset, detector, runtime
+from models import dataset, detector, report, runtime
 from models.dataset import Data
 from models.detector import CLASSES, IMAGENET_MEAN, IMAGENET_STD, name_recording, take_fingerprint, to_brightness
 from models.pixel_cache import PixelCache
@@ -77,16 +77,15 @@ PRECISION = "auto"  # "auto": bfloat16 or float16 where the hardware is faster w
 RESUME = True  # resume an interrupted run; False: start over
 # ------------------------------------------------------------------------------------------------
 
-PATH = runtime.Rule(lambda value: isinstance(value, (str, Path)), "a path")
 RULES = {
-    **dict.fromkeys(("DATA_DIR", "BEST_MODEL_PATH", "FINAL_MODEL_PATH", "CACHE_DIR"), PATH),
+    **dict.fromkeys(("DATA_DIR", "BEST_MODEL_PATH", "FINAL_MODEL_PATH", "CACHE_DIR"), runtime.PATH),
     "HOLDOUT_CSVS": runtime.PATH_LIST,
     "CSV_ENCODING": runtime.ENCODING,
     "RECORDING_PATTERN": runtime.Rule(lambda value: re.compile(value).groups >= 1, "a regular expression with a group"),
     "IMAGE_SIZE": runtime.whole_number(32),
     "VAL_FRACTION": runtime.number(0.001, 0.999),
     "MAX_UNREADABLE": runtime.number(0, 1),
-    "PRETRAINED": runtime.or_none(runtime.Rule(PATH.is_met, "'IMAGENET1K_V1' or a path")),
+    "PRETRAINED": runtime.or_none(runtime.Rule(runtime.PATH.is_met, "'IMAGENET1K_V1' or a path")),
     "EPOCHS": runtime.whole_number(1),
     "TIME_CROP": runtime.number(0.01, 1),
     "BATCH_SIZE": runtime.whole_number(2),
@@ -384,7 +383,7 @@ class Run:
     def finish(self) -> None:
         """Save the final checkpoint and the learning curves; delete the state."""
         self.save_checkpoint(self.outputs.final)
-        draw_curves(self.outputs.curves, self.history, self.best["epoch"])
+        write_file(self.outputs.curves, report.draw_learning_curves(self.history, self.best["epoch"]))
         self.outputs.state.unlink(missing_ok=True)
 
 
@@ -635,34 +634,6 @@ def write_history(path: Path, history: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(history)
     write_file(path, buffer.getvalue().encode())
-
-
-def draw_curves(path: Path, history: list[dict], best_epoch: int) -> None:
-    """Draw losses and validation metrics over the epochs, the best epoch marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    epochs = [row["epoch"] for row in history]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot(epochs, [row["train_loss"] for row in history], ".-", label="training (smoothed labels, augmented)")
-    left.plot(epochs, [row["val_loss"] for row in history], ".-", label="validation")
-    right.plot(epochs, [row["val_balanced_accuracy"] for row in history], ".-", label="balanced accuracy")
-    right.plot(epochs, [row["val_auc"] for row in history], ".-", label="area under the ROC curve")
-    left.set(title="Loss", ylabel="cross-entropy (nats)", ylim=(0, None))
-    right.set(title="Validation", ylabel="fraction", ylim=(None, 1.01))
-    for axes in (left, right):
-        axes.axvline(best_epoch, color="grey", linestyle=":", label=f"best checkpoint (epoch {best_epoch})")
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
-    write_file(path, buffer.getvalue())
 
 
 # ---- Main

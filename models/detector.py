@@ -10,6 +10,7 @@ import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ CLASSES = ("Deepfake", "Original")  # logit order; the folders bear these names 
 CHECKPOINT_FORMAT = 1
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # pytorch.org/vision/stable/models.html, ResNet18_Weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aif", ".aiff", ".webm", ".aac", ".wma", ".amr")
 SHORTCUT_AUC = 0.75  # above it the class can be predicted without the voice
-BAND_STATISTICS = ("brightness", "deviation over time", "change from row to row", "change from column to column")
+BAND_STATISTICS = ("deviation over time", "change from row to row", "change from column to column")
 RENDERING_SAMPLE = 2000  # images whose rendering statistics are learnt
 
 
@@ -34,27 +36,40 @@ def parse_table(content: bytes, path: Path, encoding: str) -> tuple[list[list[st
     """Parse a CSV as text: its rows, header first, and its delimiter (comma, semicolon or tab).
 
     Raises:
-        ValueError: it is not in this encoding, or has no column img_path.
+        ValueError: it is not a CSV in this encoding, or has no column img_path.
     """
+    if content.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path} is an Excel workbook, not a CSV: save it as CSV UTF-8")
     try:
         text = content.decode(encoding).removeprefix("\ufeff")
     except UnicodeError as error:
         where = getattr(error, "start", 0)
         raise ValueError(f"{path} is not {encoding} (byte {where}): set CSV_ENCODING, or re-save it as UTF-8") from None
     csv.field_size_limit(2**31 - 1)
+    headers = []
     for delimiter in ",;\t":
         try:
-            if "img_path" in next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), ()):
+            headers.append(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []))
+            if "img_path" in map(str.strip, headers[-1]):
                 # strict: a quote that is never closed would swallow the rows after it
                 return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)), delimiter
         except csv.Error as error:
             raise ValueError(f"{path} is not a valid CSV: {error} (unbalanced quotes?)") from None
-    raise ValueError(f"{path} has no column img_path; its first line: {text[:100].splitlines()[:1]}")
+    found = ", ".join(repr(name.strip()[:40]) for name in max(headers, key=len)[:20]) or "none"
+    raise ValueError(f"{path} has no column img_path; columns found: {found}")
+
+
+def find_columns(header: list[str]) -> dict[str, int]:
+    """Find the columns of a table by their names, blanks around them left out: {name: index}, the first of equals."""
+    return {name.strip(): index for index, name in reversed(list(enumerate(header)))}
 
 
 def resolve_image(base: Path, cell: str) -> str:
-    """Resolve an img_path: slashes of either kind, relative to base; an absolute path stays."""
-    path = os.path.normpath(os.path.join(base, cell.strip().replace("\\", "/")))
+    """Resolve an img_path: slashes of either kind, relative to base; absolute paths and URLs stay."""
+    cell = cell.strip()
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", cell) or (os.name != "nt" and re.match(r"[A-Za-z]:[\\/]", cell)):
+        return cell
+    path = os.path.normpath(os.path.join(base, cell.replace("\\", "/")))
     return os.fsdecode(path.encode("utf-8", "surrogateescape"))  # as os.walk spells it where names are not UTF-8
 
 
@@ -84,7 +99,7 @@ def take_fingerprint(content: bytes) -> int:
 def read_image(path: str, size: int) -> torch.Tensor:
     """Decode an image of any mode and resize it: uint8, shape (3, size, size), RGB.
 
-    Sixteen-bit grey is scaled to eight bits; an alpha channel is dropped, as torchvision's loader does.
+    Sixteen-bit grey is scaled to eight bits; what is transparent is seen on white, as viewers show it.
     torch resizes in a tenth of Pillow's time, to pixels that differ by at most 1.
 
     Raises:
@@ -92,12 +107,18 @@ def read_image(path: str, size: int) -> torch.Tensor:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError("there is no such file")
+    if path.lower().endswith(AUDIO_SUFFIXES):
+        raise ValueError("it is audio: make images of it with data/make_spectrograms.py")
     with Image.open(path) as image:
         if image.mode == "F":
             raise ValueError("floating-point pixels have no fixed range: save it with 8 or 16 bits")
         if image.mode.startswith("I"):
             grey = np.round(np.asarray(image, dtype=np.float64) / 257)
             image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            if image.getextrema()[3][0] < 255:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode not in ("RGB", "RGBA"):
             image = image.convert("RGB")
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -140,27 +161,25 @@ def learn_colours(images: Dataset, sample: int = 64) -> torch.Tensor:
 
 
 def describe_rendering(pixels: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-    """Describe how images were rendered, by 33 statistics that depend little on what is spoken.
+    """Describe how images were rendered, by statistics that depend little on voice, loudness and length.
+
+    Each row's own mean is removed first: it depends on what else the recording holds.
 
     Args:
         pixels: uint8, shape (batch, 3, height, width).
         colours: float32, shape (256, 3), as `learn_colours` returns them.
 
     Returns:
-        float32, shape (batch, 33), logarithms: BAND_STATISTICS, each in eight bands from top to bottom; distance of
+        float32, shape (batch, 25), logarithms: BAND_STATISTICS, each in eight bands from top to bottom; distance of
         the colours from `colours`.
     """
     images = pixels.float() / 255
     brightness = to_brightness(images)
     painted = nn.functional.embedding((brightness * 255).round().int(), colours).permute(0, 3, 1, 2)
-    maps = (
-        brightness.mean(2),
-        brightness.std(2),
-        brightness.diff(dim=1).abs().mean(2),
-        brightness.diff(dim=2).abs().mean(2),
-    )
-    bands = [nn.functional.adaptive_avg_pool1d(rows, 8) for rows in maps]
     distance = (images - painted).abs().mean((1, 2, 3))
+    brightness = brightness - brightness.mean(2, keepdim=True)
+    maps = (brightness.std(2), brightness.diff(dim=1).abs().mean(2), brightness.diff(dim=2).abs().mean(2))
+    bands = [nn.functional.adaptive_avg_pool1d(rows, 8) for rows in maps]
     return torch.log(torch.cat([*bands, distance[:, None]], dim=1) + 1e-3)
 
 
@@ -190,25 +209,32 @@ def learn_rendering(train: Dataset, val: Dataset, colours: torch.Tensor) -> dict
     return {**rendering, "limit": distances.quantile(0.99, interpolation="higher").item()}
 
 
-def compare_rendering(pixels: torch.Tensor, rendering: dict) -> tuple[float, float, dict[str, float]]:
+class Rendering(NamedTuple):
+    """How images compare with the training images in how they were rendered."""
+
+    distances: np.ndarray  # Mahalanobis distance of each image, in units of what 99 % of the validation images keep
+    shift: float  # Mahalanobis distance of their mean, less what chance adds; 0 for a single image
+    differences: dict[str, float]  # by statistic, in standard deviations, the largest first
+
+
+def compare_rendering(pixels: torch.Tensor, rendering: dict) -> Optional[Rendering]:
     """Compare images with the training images by their rendering statistics.
 
     Args:
         pixels: uint8, shape (images, 3, size, size).
-        rendering: as `learn_rendering` returns it.
-
-    Returns:
-        The share of images beyond rendering["limit"]; the Mahalanobis distance of their mean, less what chance adds;
-        {statistic: difference in standard deviations}, the largest first.
+        rendering: as `learn_rendering` returns it; of an older version: the result is None.
     """
-    off = describe_rendering(pixels, rendering["colours"]).double() - rendering["mean"]
+    seen = describe_rendering(pixels, rendering["colours"]).double()
+    if seen.shape[1] != len(rendering["mean"]):
+        return None
+    off = seen - rendering["mean"]
     squares = torch.einsum("ni,ij,nj->n", off, rendering["precision"], off)
-    share = (squares.sqrt() > rendering["limit"]).double().mean().item()
     mean = off.mean(0)  # far off even where no single image is, as when all are upside down
     shift = (mean @ rendering["precision"] @ mean - squares.mean() / len(off)).clamp(0).sqrt().item()
     names = [f"{what} in eighth {band} from the top" for what in BAND_STATISTICS for band in range(1, 9)]
-    shifts = zip([*names, "distance from the training images' colours"], (mean / rendering["deviation"]).tolist())
-    return share, shift, dict(sorted(shifts, key=lambda pair: -abs(pair[1])))
+    differences = zip([*names, "distance from the training images' colours"], (mean / rendering["deviation"]).tolist())
+    largest = dict(sorted(differences, key=lambda pair: -abs(pair[1])))
+    return Rendering((squares.sqrt() / rendering["limit"]).numpy(), shift, largest)
 
 
 # ---- Network and checkpoint
@@ -217,6 +243,13 @@ def compare_rendering(pixels: torch.Tensor, rendering: dict) -> tuple[float, flo
 def make_network() -> ResNet:
     """Make the network, with random weights."""
     return resnet18(num_classes=len(CLASSES))
+
+
+class Detector(NamedTuple):
+    """A network in evaluation mode, on the CPU, and what its checkpoint says about it."""
+
+    model: ResNet
+    facts: dict
 
 
 def load_content(path: Path) -> dict:
@@ -231,6 +264,12 @@ def load_content(path: Path) -> dict:
         content = path.read_bytes()
         if content.lstrip().startswith(b"<"):
             raise ValueError("it is a web page")
+        if content[8:9] == b"{" and b'"data_offsets"' in content[:100_000]:
+            raise ValueError("it is a safetensors file: save the state_dict with torch.save")
+        if content.startswith(b"PK") and any(
+            n.endswith("/constants.pkl") for n in zipfile.ZipFile(io.BytesIO(content)).namelist()
+        ):
+            raise ValueError("it is a TorchScript archive: save the state_dict with torch.save")
         if content.startswith(b"PK") and (damaged := zipfile.ZipFile(io.BytesIO(content)).testzip()):
             raise ValueError(f"the checksum of {damaged} is wrong")
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -251,10 +290,12 @@ def find_weights(content: dict, path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: there is none.
     """
-    state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} holds no weights")
-    return {str(name).removeprefix("module.").replace("fc.1.", "fc."): tensor for name, tensor in state.items()}
+    key = next((key for key in ("state_dict", "model_state_dict", "model") if isinstance(content.get(key), dict)), None)
+    state = content[key] if key else content
+    if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} holds no weights; its keys: {', '.join(map(str, content))[:200]}")
+    plain = {re.sub(r"^(_orig_mod\.|module\.)+", "", str(name)): tensor for name, tensor in state.items()}
+    return {name.replace("fc.1.", "fc."): tensor for name, tensor in plain.items()}
 
 
 def build_model(state: dict, path: Path) -> ResNet:
@@ -265,7 +306,7 @@ def build_model(state: dict, path: Path) -> ResNet:
     """
     head = state.get("fc.weight")
     if head is None or head.ndim != 2:
-        raise ValueError(f"{path} holds no ResNet-18 (no fc.weight)")
+        raise ValueError(f"{path} holds no ResNet-18 (no fc.weight); its keys: {', '.join(state)[:200]}")
     if len(head) != len(CLASSES):
         raise ValueError(f"{path} has {len(head)} classes; needed: {', '.join(CLASSES)}")
     model = make_network()

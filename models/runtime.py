@@ -268,6 +268,7 @@ def or_none(rule: Rule) -> Rule:
     return Rule(lambda value: value is None or rule.is_met(value), f"{rule.allowed}, or None")
 
 
+PATH = Rule(lambda value: isinstance(value, (str, Path)), "a path")
 PATH_LIST = Rule(
     lambda value: isinstance(value, (list, tuple)) and all(isinstance(path, (str, Path)) for path in value),
     "a list of paths",

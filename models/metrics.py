@@ -1,0 +1,127 @@
+"""Metrics of scores against labels, as the field defines them, with confidence intervals by recording.
+
+In the field's terms: bona fide = Original = target; a higher score means more bona fide.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import numpy as np
+
+from models.detector import decide, to_probability
+
+SPOOF_PRIOR, COST_MISS, COST_FALSE_ALARM = 0.05, 1, 10  # ASVspoof 5's costs of detection: Wang et al., 2024, section 3
+
+
+def walk_errors(llr: np.ndarray, is_fake: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Walk a threshold from below all scores to the highest; equal scores are passed together.
+
+    Args:
+        llr: float, shape (rows,), log-likelihood ratios, higher = more bona fide; is_fake: bool, same shape, both
+            values present.
+        weights: float, shape (draws, rows): how often each row counts.
+
+    Returns:
+        Rates of misses (bona fide rejected, rising) and of false alarms (fakes accepted, falling), both float,
+        shape (draws, thresholds), as ASVspoof 5's evaluation package computes them on scores without ties.
+    """
+    order = np.argsort(llr, kind="stable")
+    ends = np.flatnonzero(np.append(llr[order][1:] != llr[order][:-1], True))
+    counts = []
+    for chosen in (~is_fake, is_fake):
+        passed = np.cumsum((weights * chosen)[:, order], axis=1)[:, ends]
+        counts.append(np.concatenate([np.zeros((len(weights), 1)), passed], axis=1))
+    rejected, found = counts
+    return rejected / rejected[:, -1:], (found[:, -1:] - found) / found[:, -1:]
+
+
+def compute_eer(misses: np.ndarray, false_alarms: np.ndarray) -> np.ndarray:
+    """Compute the equal error rate, the mean of both rates where they are nearest: float, shape (draws,)."""
+    nearest = np.abs(misses - false_alarms).argmin(axis=1)[:, None]
+    return (np.take_along_axis(misses, nearest, 1) + np.take_along_axis(false_alarms, nearest, 1))[:, 0] / 2
+
+
+def compute_cllr(llr: np.ndarray, is_fake: np.ndarray) -> float:
+    """Compute the cost of log-likelihood ratios in bits (Brummer and du Preez, 2006); 1: no better than no score."""
+    return float(np.logaddexp(0, -llr[~is_fake]).mean() + np.logaddexp(0, llr[is_fake]).mean()) / 2 / math.log(2)
+
+
+def compute_ece(llr: np.ndarray, is_fake: np.ndarray, bins: int = 10) -> float:
+    """Compute the expected calibration error of the probability of a fake, both classes weighing the same."""
+    probability = to_probability(llr)
+    weights = np.where(is_fake, 0.5 / is_fake.sum(), 0.5 / (~is_fake).sum())
+    place = np.minimum((probability * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(place, weights * (probability - is_fake), bins)).sum())
+
+
+def measure(llr: np.ndarray, is_fake: np.ndarray) -> dict[str, Optional[float]]:
+    """Measure scores against labels; what cannot be computed is None.
+
+    Args:
+        llr: float, shape (rows,), calibrated, higher = more bona fide.
+        is_fake: bool, same shape.
+    """
+    called_fake = decide(llr)
+    measures = {"accuracy": float((called_fake == is_fake).mean())}
+    names = ("balanced_accuracy", "roc_auc", "eer", "min_dcf", "act_dcf", "cllr", "ece")
+    measures |= dict.fromkeys((*names, "misses", "false_alarms", "half_total_error"))
+    if not is_fake.all():
+        measures["misses"] = float(called_fake[~is_fake].mean())
+    if is_fake.any():
+        measures["false_alarms"] = float((~called_fake)[is_fake].mean())
+    if not is_fake.any() or is_fake.all():
+        return measures
+    misses, false_alarms = walk_errors(llr, is_fake, np.ones((1, len(llr))))
+    cost_miss, cost_alarm = COST_MISS * (1 - SPOOF_PRIOR), COST_FALSE_ALARM * SPOOF_PRIOR
+    rejected = llr < -math.log(cost_miss / cost_alarm)
+    act_cost = cost_miss * rejected[~is_fake].mean() + cost_alarm * (~rejected)[is_fake].mean()
+    measures["half_total_error"] = (measures["misses"] + measures["false_alarms"]) / 2
+    measures["balanced_accuracy"] = 1 - measures["half_total_error"]
+    measures["roc_auc"] = float(compute_auc(misses, false_alarms)[0])
+    measures["eer"] = float(compute_eer(misses, false_alarms)[0])
+    measures["min_dcf"] = float((cost_miss * misses + cost_alarm * false_alarms).min()) / min(cost_miss, cost_alarm)
+    measures["act_dcf"] = float(act_cost) / min(cost_miss, cost_alarm)
+    measures["cllr"] = cllr if math.isfinite(cllr := compute_cllr(llr, is_fake)) else None
+    measures["ece"] = compute_ece(llr, is_fake)
+    return measures
+
+
+def compute_auc(misses: np.ndarray, false_alarms: np.ndarray) -> np.ndarray:
+    """Compute the area under the ROC curve: float, shape (draws,)."""
+    mean_hits = 1 - (misses[:, 1:] + misses[:, :-1]) / 2
+    return (mean_hits * -np.diff(false_alarms)).sum(axis=1)
+
+
+def estimate_intervals(
+    llr: np.ndarray, is_fake: np.ndarray, recordings: list[str], draws: int = 1000
+) -> dict[str, list[float]]:
+    """Estimate 95 % intervals by bootstrap: recordings are drawn anew within each class, with all their images.
+
+    Returns:
+        {name of a measure: [low, high]}; empty where a class has fewer than two recordings.
+    """
+    numbers = {}
+    owner = np.array(
+        [numbers.setdefault((fake, name), len(numbers)) for fake, name in zip(is_fake.tolist(), recordings)]
+    )
+    of_fakes = np.array([fake for fake, _ in numbers])
+    if of_fakes.sum() < 2 or (~of_fakes).sum() < 2:
+        return {}
+    random = np.random.default_rng(0)
+    right = decide(llr) == is_fake
+    chunk, draws = max(1, min(50, 2_000_000 // len(llr))), max(100, min(draws, 200_000_000 // len(llr)))
+    values = {"accuracy": [], "half_total_error": [], "roc_auc": [], "eer": []}
+    for start in range(0, draws, chunk):
+        counts = np.zeros((min(chunk, draws - start), len(numbers)))
+        for members in (np.flatnonzero(of_fakes), np.flatnonzero(~of_fakes)):
+            counts[:, members] = random.multinomial(len(members), np.full(len(members), 1 / len(members)), len(counts))
+        weights = counts[:, owner]
+        misses, false_alarms = walk_errors(llr, is_fake, weights)
+        errors = [((weights * part) @ ~right) / (weights @ part) for part in (is_fake, ~is_fake)]
+        values["accuracy"].append(weights @ right / weights.sum(axis=1))
+        values["half_total_error"].append(sum(errors) / 2)
+        values["roc_auc"].append(compute_auc(misses, false_alarms))
+        values["eer"].append(compute_eer(misses, false_alarms))
+    return {name: np.quantile(np.concatenate(parts), (0.025, 0.975)).tolist() for name, parts in values.items()}
