@@ -187,7 +187,7 @@ def read_job(path: Path, name: str, base: Path, encoding: str) -> Job:
     check_writable(path)
     before = path.read_bytes()
     rows, delimiter = detector.parse_table(before, path, encoding)
-    columns, names = detector.find_columns(rows[0]), [cell.strip() for cell in rows[0]]
+    columns, names = detector.find_columns(rows[0]), [cell.strip(" ") for cell in rows[0]]
     for column in ("img_path", "actual_output", "predicted_output", "deepfake_score"):
         if names.count(column) > 1:
             raise ValueError(f"{path} has {names.count(column)} columns named {column}")
@@ -265,7 +265,8 @@ def write_predictions(job: Job, llr: dict[str, float], encoding: str) -> tuple[P
     columns, rows = detector.find_columns(header), [header]
     for number, row in enumerate(job.rows[1:], 2):
         if number in job.images:
-            row = row[: len(job.rows[0])] + [""] * (len(header) - len(row))
+            row = row[: len(job.rows[0])]  # surplus blanks
+            row += [""] * (len(header) - len(row))
             verdict, score = cells.get(job.images[number], ("", None))
             row[columns["predicted_output"]] = verdict
             row[columns["deepfake_score"]] = "" if score is None else f"{score:.6f}"
@@ -529,7 +530,7 @@ def check_seen(table: pandas.DataFrame, facts: dict, fingerprints: dict[str, int
         return None
     images, recordings = (set(facts[name].tolist()) for name in ("seen_images", "seen_recordings"))
     as_image = np.array([fingerprints[path] in images for path in table["path"]])
-    as_recording = np.array([take_fingerprint(os.fsencode(name)) in recordings for name in table["recording"]])
+    as_recording = np.array([take_fingerprint(name.encode()) in recordings for name in table["recording"]])
     rest = table[~(as_image | as_recording)]
     return {
         "rows_as_image": int(as_image.sum()),

@@ -654,7 +654,7 @@ def collect_facts(data: Data, start: str, settings: dict) -> dict:
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
         "seen_images": torch.tensor(list(data.fingerprints.values())),
-        "seen_recordings": torch.tensor(sorted({take_fingerprint(os.fsencode(name)) for name in recordings})),
+        "seen_recordings": torch.tensor(sorted({take_fingerprint(name.encode()) for name in recordings})),
         "recording_pattern": pattern,
         "initial_weights": start,
         **data.checks,

@@ -47,21 +47,22 @@ def parse_table(content: bytes, path: Path, encoding: str) -> tuple[list[list[st
         raise ValueError(f"{path} is not {encoding} (byte {where}): set CSV_ENCODING, or re-save it as UTF-8") from None
     csv.field_size_limit(2**31 - 1)
     headers = []
-    for delimiter in ",;\t":
-        try:
-            headers.append(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []))
-            if "img_path" in map(str.strip, headers[-1]):
-                # strict: a quote that is never closed would swallow the rows after it
-                return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)), delimiter
-        except csv.Error as error:
-            raise ValueError(f"{path} is not a valid CSV: {error} (unbalanced quotes?)") from None
+    for blanks in ("", " "):  # a column of exactly this name in one delimiter comes before one with blanks in another
+        for delimiter in ",;\t":
+            try:
+                headers.append(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []))
+                if "img_path" in [name.strip(blanks) if blanks else name for name in headers[-1]]:
+                    # strict: a quote that is never closed would swallow the rows after it
+                    return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)), delimiter
+            except csv.Error as error:
+                raise ValueError(f"{path} is not a valid CSV: {error} (unbalanced quotes?)") from None
     found = ", ".join(repr(name.strip()[:40]) for name in max(headers, key=len)[:20]) or "none"
     raise ValueError(f"{path} has no column img_path; columns found: {found}")
 
 
 def find_columns(header: list[str]) -> dict[str, int]:
     """Find the columns of a table by their names, blanks around them left out: {name: index}, the first of equals."""
-    return {name.strip(): index for index, name in reversed(list(enumerate(header)))}
+    return {name.strip(" "): index for index, name in reversed(list(enumerate(header)))}
 
 
 def resolve_image(base: Path, cell: str) -> str:
@@ -85,7 +86,8 @@ def name_recording(path: str, base: Path, pattern: str) -> str:
     below = os.path.splitext(os.path.relpath(path, base).replace(os.sep, "/").partition("/")[2])[0]
     stem = os.path.splitext(os.path.basename(path))[0]
     match = re.search(pattern, stem) or re.search(pattern, below)
-    return (match and match.group(1)) or stem
+    name = (match and match.group(1)) or stem
+    return os.fsencode(name).decode("utf-8", "replace")  # file names may hold bytes that are not text
 
 
 def take_fingerprint(content: bytes) -> int:

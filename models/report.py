@@ -306,7 +306,7 @@ CAPTIONS = {  # of the pictures, in order, by what their names end with
     "_timeline.png": "Score of each part along time, over the spectrogram. Parts above the dashed threshold are "
     "classified as deepfake; a jump may be a splice.",
     ".png": "Confusion matrix: rows are the true classes, columns the verdicts; the diagonal is right.",
-    "_curves.png": "Left: DET curve, better towards the lower left. Right: scores of both classes; overlap means errors.",
+    "_curves.png": "Left: DET curve, better towards the lower left. Right: scores by class; overlap means errors.",
     "_conditions.png": "Equal error rate by group, with 95% confidence intervals; the dotted line is the overall rate.",
     "_mistakes.png": "The most confident mistakes and right verdicts; cyan outlines where the evidence is strongest.",
 }

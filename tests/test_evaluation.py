@@ -10,6 +10,7 @@ from conftest import EVALUATOR, assert_refused, read_csv, read_summary, run, wri
 from PIL import Image
 
 import evaluate_deepfake_model as evaluator
+from models.detector import CLASSES, make_network, parse_table
 
 CHECKPOINT = "models/experiments/best_laundered_processed.pth"
 
@@ -55,7 +56,7 @@ def test_scores_follow_from_the_checkpoint_alone(judged):
         with Image.open(path) as image:
             image.convert("RGB").resize((size, size)).save(path)
     run(judged, EVALUATOR, WORKERS=0, PRECISION="float32")
-    model = evaluator.resnet18(num_classes=2)
+    model = make_network()
     model.load_state_dict(checkpoint["state_dict"])
     model.eval()
     for row in read_csv(judged / "test_data/test.csv"):
@@ -105,9 +106,9 @@ def test_bad_rows_stay_blank_and_every_other_cell_keeps_its_text(judged):
 def test_format_of_the_csv_is_kept(newline, delimiter, bom, end, tmp_path):
     lines = [delimiter.join(["img_path", "b"]), delimiter.join(["x.png", "1"]), "", delimiter.join(["ü.png", ""])]
     content = bom + (newline.join(lines) + newline * end).encode()
-    rows, found = evaluator.parse_table(content, tmp_path)
+    rows, found = parse_table(content, tmp_path, "utf-8")
     assert (found, rows[2]) == (delimiter, [])
-    assert evaluator.format_table(rows, found, content) == content
+    assert evaluator.format_table(rows, found, content, "utf-8") == content
 
 
 def test_second_run_changes_nothing(judged):
@@ -143,9 +144,14 @@ def test_csv_without_labels_gets_predictions_and_a_reason(judged):
     write_csv(judged / "test_data/test.csv", [["img_path"], ["original/combined/o0__clean_1.png"]])
     outcome = run(judged, EVALUATOR, WORKERS=0)
     assert outcome.status == 0
-    assert "no report, since it has no column actual_output" in outcome.out
-    assert read_csv(judged / "test_data/test.csv")[0]["predicted_output"] in evaluator.CLASSES
-    assert sorted(path.name for path in (judged / "test_data").iterdir()) == ["test.csv", "test_scores.tsv"]
+    assert "no metrics, since it has no column actual_output" in outcome.out
+    assert read_csv(judged / "test_data/test.csv")[0]["predicted_output"] in CLASSES
+    assert sorted(path.name for path in (judged / "test_data").iterdir()) == [
+        "test.csv",
+        "test_recordings.csv",
+        "test_report.html",
+        "test_scores.tsv",
+    ]
 
 
 def test_broken_csv_does_not_cost_the_others_their_work(judged):
@@ -163,12 +169,12 @@ def test_broken_csv_does_not_cost_the_others_their_work(judged):
 
 @pytest.mark.parametrize("word", ["deepfake", " Deepfake ", "SPOOF", "fake"])
 def test_words_for_deepfake(word):
-    assert evaluator.parse_label(word) == "Deepfake"
+    assert evaluator.parse_label(word, "a.csv", 1) == "Deepfake"
 
 
 @pytest.mark.parametrize("word", ["Original", "bonafide", "Bona  Fide", "real\n", "genuine"])
 def test_words_for_original(word):
-    assert evaluator.parse_label(word) == "Original"
+    assert evaluator.parse_label(word, "a.csv", 1) == "Original"
 
 
 def test_only_broken_csvs_end_with_2_in_one_line(judged):
@@ -206,8 +212,8 @@ def change_state(checkpoint, **changes):
         (lambda c: {"weight": torch.zeros(3)}, "no ResNet-18"),
         (lambda c: {**c, "format": 99}, "format 99"),
         (lambda c: {key: value for key, value in c.items() if key != "mean"}, "lacks mean"),
-        (lambda c: [1, 2, 3], "no ResNet-18"),
-        (lambda c: torch.zeros(3), "no ResNet-18"),
+        (lambda c: [1, 2, 3], "it holds a list, not a ResNet-18"),
+        (lambda c: torch.zeros(3), "it holds a Tensor, not a ResNet-18"),
     ],
 )
 def test_wrong_checkpoints_are_refused_in_one_line(judged, change, words, tmp_path):
@@ -222,7 +228,7 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(judged, content):
     (judged / CHECKPOINT).write_bytes(content)
     outcome = run(judged, EVALUATOR, WORKERS=0)
     assert_refused(outcome)
-    assert "is no checkpoint of weights, or is damaged" in outcome.err
+    assert "is not a checkpoint, or is damaged" in outcome.err
     assert len(outcome.err.splitlines()) == 1
 
 

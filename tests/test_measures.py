@@ -6,8 +6,7 @@ import torch
 from conftest import EVALUATOR, make_image, read_csv, read_summary, run, write_csv
 from PIL import Image
 
-import evaluate_deepfake_model as evaluator
-import train_deepfake_detector as trainer
+from models import detector, metrics
 
 
 def draw_scores(bona_fide, spoof, seed=0):
@@ -36,7 +35,7 @@ SIZES = [(5, 5), (5, 50), (50, 5), (17, 23), (100, 100), (100, 900), (900, 100),
 @pytest.mark.parametrize(("bona_fide", "spoof"), SIZES)
 def test_measures_equal_their_definitions(bona_fide, spoof):
     llr, is_fake = draw_scores(bona_fide, spoof, seed=bona_fide + spoof)
-    measures = evaluator.measure(llr, is_fake)
+    measures = metrics.measure(llr, is_fake)
     found = [measures[name] for name in ("eer", "min_dcf", "act_dcf", "cllr")]
     assert found == pytest.approx(measure_by_hand(llr, is_fake), abs=1e-9)
     pairs = (llr[~is_fake][:, None] > llr[is_fake]).mean()
@@ -46,7 +45,7 @@ def test_measures_equal_their_definitions(bona_fide, spoof):
 
 def test_measures_of_a_large_and_uneven_set():
     llr, is_fake = draw_scores(900, 90_000)
-    measures = evaluator.measure(llr, is_fake)
+    measures = metrics.measure(llr, is_fake)
     target, nontarget = np.sort(llr[~is_fake]), np.sort(llr[is_fake])
     misses = np.searchsorted(target, np.sort(llr), "right") / 900
     alarms = 1 - np.searchsorted(nontarget, np.sort(llr), "right") / 90_000
@@ -57,25 +56,25 @@ def test_measures_of_a_large_and_uneven_set():
 @pytest.mark.parametrize("order", [1, -1])
 def test_equal_scores_move_together(order):
     is_fake = np.array([False, True, False, True, True])[::order]
-    measures = evaluator.measure(np.full(5, 0.3), is_fake)
+    measures = metrics.measure(np.full(5, 0.3), is_fake)
     assert (measures["eer"], measures["roc_auc"]) == (0.5, 0.5)
-    half_tied = evaluator.measure(np.array([1.0, 0, 0, -1]), np.array([False, False, True, True]))
+    half_tied = metrics.measure(np.array([1.0, 0, 0, -1]), np.array([False, False, True, True]))
     assert (half_tied["eer"], half_tied["roc_auc"]) == (0.25, 0.875)
 
 
 def test_perfect_and_inverted_scores():
     is_fake = np.array([False, False, True, True])
-    assert evaluator.measure(np.array([3.0, 2, -2, -3]), is_fake)["eer"] == 0
-    assert evaluator.measure(np.array([-3.0, -2, 2, 3]), is_fake)["eer"] == 1
+    assert metrics.measure(np.array([3.0, 2, -2, -3]), is_fake)["eer"] == 0
+    assert metrics.measure(np.array([-3.0, -2, 2, 3]), is_fake)["eer"] == 1
 
 
 def test_one_class_and_infinite_scores_give_none_not_numbers():
-    measures = evaluator.measure(np.array([1.0, -1]), np.array([False, False]))
+    measures = metrics.measure(np.array([1.0, -1]), np.array([False, False]))
     assert (measures["accuracy"], measures["misses"]) == (0.5, 0.5)
     assert {measures[name] for name in ("eer", "roc_auc", "min_dcf", "cllr", "false_alarms", "half_total_error")} == {
         None
     }
-    infinite = evaluator.measure(np.array([np.inf, -np.inf, np.inf, 0]), np.array([False, True, True, False]))
+    infinite = metrics.measure(np.array([np.inf, -np.inf, np.inf, 0]), np.array([False, True, True, False]))
     assert infinite["cllr"] is None and infinite["eer"] == 0.5
 
 
@@ -91,26 +90,26 @@ def test_intervals_cover_the_true_rate(images):
         is_fake = np.repeat(np.arange(160) % 2 == 1, images)
         llr = np.where(is_fake, -1, 1) + centre + draw.normal(scale=0.5, size=len(centre))
         names = np.repeat(np.arange(160), images).astype(str).tolist()
-        low, high = evaluator.estimate_intervals(llr, is_fake, names, draws=200)["eer"]
+        low, high = metrics.estimate_intervals(llr, is_fake, names, draws=200)["eer"]
         covered += low <= true_eer <= high
     assert 0.90 <= covered / draws <= 0.99
 
 
 def test_interval_needs_two_recordings_of_each_class():
-    assert evaluator.estimate_intervals(np.array([1.0, 2, -1]), np.array([False, False, True]), ["a", "b", "c"]) == {}
+    assert metrics.estimate_intervals(np.array([1.0, 2, -1]), np.array([False, False, True]), ["a", "b", "c"]) == {}
 
 
 def test_calibration_error_of_calibrated_and_overconfident_scores():
     draw = np.random.default_rng(0)
     llr = draw.normal(0, 2, 200_000)
     is_fake = draw.random(len(llr)) < 1 / (1 + np.exp(llr))
-    assert evaluator.compute_ece(llr, is_fake) < 0.01
-    assert evaluator.compute_ece(4 * llr, is_fake) > 0.1
+    assert metrics.compute_ece(llr, is_fake) < 0.01
+    assert metrics.compute_ece(4 * llr, is_fake) > 0.1
 
 
 def fit(margins, is_fake):
     logits = torch.tensor(np.stack([margins, np.zeros(len(margins))], axis=1))
-    return trainer.fit_calibration(logits, torch.tensor(np.where(is_fake, 0, 1)))
+    return detector.fit_calibration(logits, torch.tensor(np.where(is_fake, 0, 1)))
 
 
 def test_calibration_finds_scale_and_offset_whatever_the_balance():
@@ -157,7 +156,7 @@ def test_score_file_and_key_have_the_form_of_asvspoof(judged):
     (entry,) = read_summary(judged)
     assert entry["rows_measured"] == 7
     assert entry["before_calibration"]["cllr"] is not None
-    assert evaluator.measure(llr, np.arange(6) < 3)["eer"] is not None
+    assert metrics.measure(llr, np.arange(6) < 3)["eer"] is not None
 
 
 def test_recordings_are_judged_by_the_mean_of_their_parts(judged):
@@ -208,7 +207,7 @@ def test_report_breaks_down_by_condition_worst_first(judged):
     scores = {name: float(score) for name, score in read_tsv(judged / "test_data/test_scores.tsv")[1:]}
     chosen = [(scores[row[0]], row[1] == "deepfake") for row in rows[1:] if row[2] in ("engine 2", "a voice")]
     llr, is_fake = (np.array(column) for column in zip(*chosen))
-    assert engine["eer"] == evaluator.measure(llr, is_fake)["eer"]
+    assert engine["eer"] == metrics.measure(llr, is_fake)["eer"]
 
 
 def test_images_seen_in_training_are_found_under_any_name(judged):
@@ -222,8 +221,8 @@ def test_images_seen_in_training_are_found_under_any_name(judged):
     (entry,) = read_summary(judged)
     assert (entry["seen"]["rows_as_image"], entry["seen"]["rows_as_recording"]) == (1, 1)
     assert entry["seen"]["without_them"]["rows_measured"] == 4
-    assert "1 rows as image, 1 more by another image of their recording" in entry["report"]
-    assert "seen in training" in entry["report"].split("\n\n")[0].replace("\n", " ")
+    assert "1 rows were trained or validated on, 1 more show a recording that was" in entry["report"]
+    assert "were used in training" in entry["report"].split("\n\n")[0].replace("\n", " ")
 
 
 def test_test_set_of_the_split_is_not_seen(judged):
@@ -240,4 +239,4 @@ def test_checkpoint_that_does_not_say_what_it_saw_is_doubted(judged):
     run(judged, EVALUATOR)
     (entry,) = read_summary(judged)
     assert entry["seen"] is None
-    assert "nobody checked whether" in entry["report"].replace("\n", " ")
+    assert "train/test overlap could not be checked" in entry["report"].replace("\n", " ")

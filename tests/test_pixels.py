@@ -1,15 +1,12 @@
 """Decoding: every mode and size of image reaches the network as the pixels that people see."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
 from conftest import EVALUATOR, QUICK, TRAINER, make_project, read_csv, run, write_csv
 from PIL import Image
 
-import evaluate_deepfake_model as evaluator
-import train_deepfake_detector as trainer
+from models import detector
 
 RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
 COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=2)
@@ -46,7 +43,7 @@ def test_every_mode_gives_the_expected_pixels(mode, tmp_path):
     expected = save_in_mode(mode, path).astype(int)
     with Image.open(path) as image:
         assert image.mode == mode or (mode, image.mode) == ("I;16", "I")
-    pixels = trainer.read_image(str(path), 64)
+    pixels = detector.read_image(str(path), 64)
     assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 64, 64))
     tolerance = 4 if mode == "CMYK" else 0
     assert np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - expected).max() <= tolerance
@@ -54,13 +51,13 @@ def test_every_mode_gives_the_expected_pixels(mode, tmp_path):
 
 def test_big_sixteen_bit_values_are_scaled_not_clipped(tmp_path):
     Image.fromarray(np.array([[0, 257, 32896, 65535]] * 4, np.uint16)).save(tmp_path / "a.png")
-    assert trainer.read_image(str(tmp_path / "a.png"), 4)[0, 0].tolist() == [0, 1, 128, 255]
+    assert detector.read_image(str(tmp_path / "a.png"), 4)[0, 0].tolist() == [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4000, 3000), (64, 7)])
 def test_every_size_is_resized(size, tmp_path):
     Image.new("RGB", size, (10, 200, 90)).save(tmp_path / "a.png")
-    pixels = trainer.read_image(str(tmp_path / "a.png"), 48)
+    pixels = detector.read_image(str(tmp_path / "a.png"), 48)
     assert pixels.shape == (3, 48, 48)
     assert (pixels == torch.tensor([10, 200, 90])[:, None, None]).all()
 
@@ -68,7 +65,7 @@ def test_every_size_is_resized(size, tmp_path):
 def test_floating_point_images_are_refused_with_a_reason(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="save it with 8 or 16 bits"):
-        trainer.read_image(str(tmp_path / "a.tif"), 8)
+        detector.read_image(str(tmp_path / "a.tif"), 8)
 
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
@@ -89,32 +86,13 @@ def test_all_modes_train_and_evaluate(tmp_path):
     assert all(row["predicted_output"] for row in read_csv(folder / "test_data/test.csv"))
 
 
-ALIKE = [
-    "read_image",
-    "take_fingerprint",
-    "name_recording",
-    "count_workers",
-    "parse_table",
-    "resolve_image",
-    "write_file",
-    "choose_compute",
-    "keep_freed_memory",
-    "has_bfloat16_instructions",
-    "is_out_of_memory",
-    "Team",
-    "join_team",
-    "load_content",
-    "remove_leftovers",
-    "is_running",
-    "stop",
-    "to_brightness",
-    "describe_images",
-]
-
-
-@pytest.mark.parametrize("name", ALIKE)
-def test_what_both_scripts_must_do_alike_is_the_same_text(name):
-    assert inspect.getsource(getattr(trainer, name)) == inspect.getsource(getattr(evaluator, name))
+def test_transparent_margins_are_seen_on_white(tmp_path):
+    figure = np.dstack([COLOUR, np.where(RAMP > 100, 255, 0).astype(np.uint8)])
+    figure[RAMP <= 100, :3] = (200, 0, 0)  # hidden under the transparency
+    Image.fromarray(figure, "RGBA").save(tmp_path / "a.png")
+    pixels = detector.read_image(str(tmp_path / "a.png"), 64).permute(1, 2, 0).numpy()
+    assert (pixels[RAMP <= 100] == 255).all()
+    assert (pixels[RAMP > 100] == COLOUR[RAMP > 100]).all()
 
 
 def test_fingerprint_survives_saving_anew_and_tells_images_apart(tmp_path):
@@ -124,6 +102,7 @@ def test_fingerprint_survives_saving_anew_and_tells_images_apart(tmp_path):
     other[3, 5, 1] += 1
     Image.fromarray(other).save(tmp_path / "c.png")
     prints = [
-        trainer.take_fingerprint(trainer.read_image(str(tmp_path / n), 64).numpy()) for n in ("a.png", "b.bmp", "c.png")
+        detector.take_fingerprint(detector.read_image(str(tmp_path / n), 64).numpy())
+        for n in ("a.png", "b.bmp", "c.png")
     ]
     assert prints[0] == prints[1] != prints[2]

@@ -45,18 +45,18 @@ def test_every_other_cell_of_any_csv_reads_back_the_same(names, lines, delimiter
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "list.csv"
         path.write_bytes((mark + buffer.getvalue()).encode())
-        job = evaluator.read_job(path, Path(folder))
+        job = evaluator.read_job(path, path.name, Path(folder), "utf-8")
         assert job.rows == rows
         llr = {job.images[number]: -1.5 for number in list(job.images)[:3]}
-        evaluator.write_predictions(job, llr)
+        evaluator.write_predictions(job, llr, "utf-8")
         once = path.read_bytes()
-        again = evaluator.read_job(path, Path(folder))
+        again = evaluator.read_job(path, path.name, Path(folder), "utf-8")
         places = [index for index, name in enumerate(again.rows[0]) if name not in OURS[2:]]
         width = len(rows[0])
         for before, after in zip(rows, again.rows):
             assert [after[index] for index in places] == before + [""] * (width - len(before))
         assert once.decode().startswith(mark)
-        evaluator.write_predictions(again, llr)
+        evaluator.write_predictions(again, llr, "utf-8")
         assert path.read_bytes() == once
 
 
@@ -65,7 +65,7 @@ def test_csv_in_another_encoding_needs_the_setting_and_keeps_it(judged):
     (judged / "test_data/test.csv").write_bytes(text.encode("cp1252"))
     outcome = run(judged, EVALUATOR, WORKERS=0)
     assert (outcome.status, len(outcome.err.splitlines())) == (2, 1)
-    assert "is not utf-8 (byte 55): set CSV_ENCODING, or save it anew" in outcome.err
+    assert "is not utf-8 (byte 55): set CSV_ENCODING, or re-save it as UTF-8" in outcome.err
     assert run(judged, EVALUATOR, WORKERS=0, CSV_ENCODING="cp1252").status == 0
     written = (judged / "test_data/test.csv").read_bytes().decode("cp1252")
     assert written.startswith(
@@ -101,7 +101,7 @@ def test_csv_changed_meanwhile_is_left_alone(judged, change, monkeypatch):
     monkeypatch.setattr(resnet.ResNet, "forward", change_first)
     outcome = run(judged, EVALUATOR, WORKERS=0)
     assert outcome.status == 1
-    assert "was changed since this run read it, and is left so: see" in outcome.err
+    assert "was changed during this run, and is left so: see" in outcome.err
     assert read_csv(judged / "test_data/test.predicted.csv")[0]["predicted_output"]
     assert not table.exists() or table.read_text() == "img_path\nother.png\n"
 
@@ -143,7 +143,7 @@ def test_quotes_that_do_not_match_are_refused_and_swallow_nothing(judged, line):
     before = table.read_bytes()
     outcome = run(judged, EVALUATOR, WORKERS=0)
     assert (outcome.status, len(outcome.err.splitlines())) == (2, 1)
-    assert "quotes that do not match?" in outcome.err
+    assert "unbalanced quotes?" in outcome.err
     assert table.read_bytes() == before
 
 
@@ -214,5 +214,5 @@ def test_evaluator_out_of_memory_says_what_to_do_and_leaves_the_csv(judged, erro
     monkeypatch.setattr(resnet.ResNet, "forward", run_out)
     before = (judged / "test_data/test.csv").read_bytes()
     outcome = run(judged, EVALUATOR, WORKERS=0)
-    assert (outcome.status, outcome.err) == (2, "error: out of memory: halve BATCH_SIZE (now 32)\n")
+    assert (outcome.status, outcome.err) == (2, "error: out of memory: lower BATCH_SIZE or IMAGE_SIZE\n")
     assert (judged / "test_data/test.csv").read_bytes() == before
