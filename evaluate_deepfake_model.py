@@ -102,7 +102,7 @@ OUTPUTS = (  # <name>_<output> beside <name>.csv
 )
 FORMAT_SAMPLE = 200  # images of a CSV that the format check looks at
 UNLIKE_FRACTION = 0.2  # so many of them may be rendered unlike the training images before it warns
-UNLIKE_SHIFT = 4  # Mahalanobis distance of their mean, likewise
+UNLIKE_SHIFT = 3  # Mahalanobis distance of their mean, likewise
 UNLIKE_FEW = 1.5  # median distance of fewer than five images, in units of what 99 % of validation's keep, likewise
 BARE_FACTS = {  # assumed where a file holds weights only
     "classes": list(CLASSES),

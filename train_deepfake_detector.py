@@ -56,13 +56,14 @@ FINAL_MODEL_PATH = Path("models/experiments/final_laundered_processed.pth")
 CACHE_DIR = Path("models/cache")  # decoded images; may be deleted at any time
 # Data
 RECORDING_PATTERN = r"^([^/]+?)__[^/]*$"  # group 1 names the recording: in the file name, else in the path to it
-IMAGE_SIZE = 224  # pixels, width and height of the network's input; 32 or more
+IMAGE_SIZE = 112  # pixels, width and height of the network's input; 32 or more; 224: as good, four times as slow
 VAL_FRACTION = 0.12  # fraction of the images used for validation; between 0 and 1
 MAX_UNREADABLE = 0.01  # fraction of the images that may be unreadable before the run stops; 0 to 1
 # Model
 PRETRAINED = "IMAGENET1K_V1"  # torchvision's ImageNet weights, the path of a .pth, or None: random weights
 # Training
 EPOCHS = 20
+EPOCH_IMAGES = 10_000  # images drawn for an epoch, at most; fewer where there are fewer
 TIME_CROP = 0.5  # fraction of an image's width, at a random position, that a training step uses; 0.01 to 1
 BATCH_SIZE = 32  # images
 LEARNING_RATE = None  # peak of the schedule; None: 1e-3 from random weights, 3e-4 from pretrained ones
@@ -87,6 +88,7 @@ RULES = {
     "MAX_UNREADABLE": runtime.number(0, 1),
     "PRETRAINED": runtime.or_none(runtime.Rule(runtime.PATH.is_met, "'IMAGENET1K_V1' or a path")),
     "EPOCHS": runtime.whole_number(1),
+    "EPOCH_IMAGES": runtime.whole_number(2),
     "TIME_CROP": runtime.number(0.01, 1),
     "BATCH_SIZE": runtime.whole_number(2),
     "LEARNING_RATE": runtime.or_none(runtime.number(1e-12, 10)),
@@ -129,12 +131,14 @@ class Batches:
     order, so that together they take the batches that a single process would take.
     """
 
-    def __init__(self, weights: np.ndarray, batch_size: int, team: Team) -> None:
-        self.weights, self.batch_size, self.team = torch.from_numpy(weights), min(batch_size, len(weights)), team
-        self.generator = torch.Generator()
+    def __init__(self, weights: np.ndarray, images: int, batch_size: int, team: Team) -> None:
+        """Draw up to `images` for an epoch, by these weights."""
+        self.weights, self.team, self.generator = torch.from_numpy(weights), team, torch.Generator()
+        self.images = min(images, len(weights))
+        self.batch_size = min(batch_size, self.images)
 
     def __len__(self) -> int:
-        return len(self.weights) // self.batch_size
+        return self.images // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         count = len(self) * self.batch_size
@@ -153,7 +157,7 @@ def build_loaders(data: Data, compute: Compute, settings: dict, team: Team) -> t
     if settings["WORKERS"] is None and not on_gpu and all(entry.offset is not None for entry in entries.values()):
         workers = 0
     common = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": on_gpu}
-    batches = Batches(data.weights, settings["BATCH_SIZE"], team)
+    batches = Batches(data.weights, settings["EPOCH_IMAGES"], settings["BATCH_SIZE"], team)
     val_part = Subset(data.val.dataset, team.take_part(data.val.indices))
     val_batch = max(1, 2 * settings["BATCH_SIZE"] // team.size)
     return DataLoader(data.train, batch_sampler=batches, **common), DataLoader(val_part, val_batch, **common)

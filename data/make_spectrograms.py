@@ -55,10 +55,10 @@ HOLDOUT_SPEAKERS = 0.2  # fraction of the speaker folders of each class that tes
 SEED = 0  # of all that is drawn
 
 SAMPLE_RATE = 16000  # Hz; recordings of any other rate are resampled
-WINDOW_S = 0.064  # s, length of one Hann window
+WINDOW_S = 0.032  # s, length of one Hann window
 HOP_S = 0.008  # s, from one window to the next
-FREQUENCY_RANGE_HZ = (60, 7600)  # Hz, bottom and top row
-FREQUENCY_SCALE = "mel"  # "mel" gives low frequencies more rows; or "linear"
+FREQUENCY_RANGE_HZ = (60, 7900)  # Hz, bottom and top row
+FREQUENCY_SCALE = "linear"  # shows vocoders best; "mel" gives low frequencies more rows
 DB_RANGE = (-30, 40)  # dB, darkest and brightest level, relative to each frequency's mean over time
 SECONDS_PER_IMAGE = 1.792  # s; with the hop above: 224 windows, one per pixel
 IMAGE_SIZE = 224  # pixels, width and height

@@ -17,10 +17,10 @@ from scipy.io import wavfile
 
 SETTINGS = {
     "SAMPLE_RATE": 16000,
-    "WINDOW_S": 0.064,
+    "WINDOW_S": 0.032,
     "HOP_S": 0.008,
-    "FREQUENCY_RANGE_HZ": [60, 7600],
-    "FREQUENCY_SCALE": "mel",
+    "FREQUENCY_RANGE_HZ": [60, 7900],
+    "FREQUENCY_SCALE": "linear",
     "DB_RANGE": [-30, 40],
     "SECONDS_PER_IMAGE": 1.792,
     "IMAGE_SIZE": 224,
@@ -54,7 +54,7 @@ def write_wav(path, samples, rate=16000, kind=np.int16):
 
 
 def test_tone_between_two_rows_is_seen_like_one_in_a_row():
-    rows = maker.space_frequencies(60, 7600, 224, "mel")
+    rows = maker.space_frequencies(60, 7900, 224, "linear")
     brightest = []
     for frequency in (rows[210], (rows[210] + rows[211]) / 2):
         (part,) = cut(make_tone(frequency, 1.9))
@@ -76,8 +76,8 @@ def test_images_are_palette_pngs_that_carry_their_settings(tmp_path):
     assert stored == {"settings": settings, "parts": 1, "recording_crc32": checksum, "start_s": 0}
 
 
-def find_row(frequency, scale="mel"):
-    bottom, place, top = (2595 * math.log10(1 + hz / 700) if scale == "mel" else hz for hz in (60, frequency, 7600))
+def find_row(frequency, scale="linear"):
+    bottom, place, top = (2595 * math.log10(1 + hz / 700) if scale == "mel" else hz for hz in (60, frequency, 7900))
     return 223 * (top - place) / (top - bottom)
 
 
@@ -94,7 +94,7 @@ def test_tone_appears_in_its_row_and_at_its_time(frequency, scale):
 
 def test_seconds_per_pixel_do_not_depend_on_length():
     parts = [cut(make_tone(1000, seconds))[0] for seconds in (1.9, 3.0, 6.0)]
-    row = int(223 * (1 - (1000 - 60) / (7600 - 60)))
+    row = int(223 * (1 - (1000 - 60) / (7900 - 60)))
     edges = [int(np.flatnonzero(np.diff((part[row] > 40).astype(int)) < 0)[0]) for part in parts]
     assert max(edges) - min(edges) <= 1
 

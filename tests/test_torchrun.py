@@ -64,10 +64,10 @@ def launch_file(folder, name, processes, *options):
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("images", [8, 21, 33])
 def test_every_image_is_in_exactly_one_part(images, processes):
-    alone = trainer.Batches(np.ones(images), 8, Team())
+    alone = trainer.Batches(np.ones(images), 99, 8, Team())
     alone.generator.manual_seed(3)
     whole = list(alone)
-    parts = [trainer.Batches(np.ones(images), 8, Team(rank, processes)) for rank in range(processes)]
+    parts = [trainer.Batches(np.ones(images), 99, 8, Team(rank, processes)) for rank in range(processes)]
     for part in parts:
         part.generator.manual_seed(3)
     for batch, *shares in zip(whole, *parts):

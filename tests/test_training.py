@@ -241,9 +241,9 @@ def test_classes_weigh_the_same_within_each_source():
 
 
 def test_batches_are_drawn_by_weight():
-    batches = trainer.Batches(np.array([0.5] + [0.5 / 99] * 99), 10, Team())
+    batches = trainer.Batches(np.array([0.5] + [0.5 / 99] * 99), 50, 10, Team())
     drawn = [index for _ in range(100) for batch in batches for index in batch]
-    assert len(drawn) == 10_000
+    assert len(drawn) == 5_000
     assert drawn.count(0) / len(drawn) == pytest.approx(0.5, abs=0.03)
     assert len(set(drawn)) == 100
 
