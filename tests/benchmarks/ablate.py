@@ -1,401 +1,177 @@
-"""Measure recipes on speech whose voices and generators are held out, clean and laundered.
+"""Measure recipes on speech of voices, pages and systems that training never met, clean and laundered.
 
     .venv/bin/python tests/benchmarks/ablate.py [recipe ...]
 
-In:  CORPUS_DIR/manifest.csv with the columns path, label (original, deepfake), speaker, engine (of deepfakes), group
-     (clips of one group share a recording), and the clips that it names.
-Out: WORK_DIR/results.csv, a row per recipe, fold, seed and measure; the table of means and spreads over them.
+In:  CORPUS_DIR/manifest.csv with the columns path, label (original, deepfake), repo (what is held out together: a page
+     or corpus), family and kind (of deepfakes), and the clips that it names; soundfile.
+Out: WORK_DIR/results.csv, a row for each recipe, fold, seed and measure; the table of means and ranges over them.
 
-Each fold holds out whole generators and whole voices at once. What is in results.csv is not run again.
+Each fold holds out a fifth of the repos, with all their voices, channels, texts and most of their systems. The scripts
+themselves run, with the constants that a recipe sets. What is in results.csv is not run again.
 """
 
 from __future__ import annotations
 
-import csv
-import math
+import json
+import os
+import shutil
+import subprocess
 import sys
-import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from matplotlib import colormaps
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.models.resnet import BasicBlock, ResNet
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import make_spectrograms as maker  # noqa: E402
+from conftest import EVALUATOR, MAKER, TRAINER, copy_script, read_csv, write_csv  # noqa: E402
 
-import evaluate_deepfake_model as evaluator  # noqa: E402
-import train_deepfake_detector as trainer  # noqa: E402
+from models.metrics import compute_eer, walk_errors  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
 # Settings
 CORPUS_DIR = Path("corpus")
 WORK_DIR = Path("ablation")
-FOLDS = (  # held out together: generators, by the beginning of engine (none: only voices); voices, by a part of speaker
-    (("hibari",), ("Carlo", "Armelle")),
-    (("piper",), ("Allison",)),
-    (("espeak", "copy-griffinlim"), ("tuxpaint",)),
-    (("festival", "copy-lpc"), ("fillets", "July")),
-    (("flite", "copy-world"), ("bass", "June")),
-)
-SIMILAR = {"copy-griffinlim": "griffinlim", "copy-lpc": "lpc", "copy-world": "harmonic"}  # held out together
+FOLDS = 5
 SEEDS = (0, 1)
-SMALL = False  # True: half the channels and half the rows, several times as fast, to choose by; named "..., small"
-CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")
-FORMAT = {"frequency_range_hz": [60, 3500]}  # what differs from the maker's own settings
-LINEAR = {"frequency_scale": "linear"}
-BASE = {
-    "format": {},
-    "copies": CONDITIONS,
-    "resyntheses": 0.5,
-    "known": (),
-    "epochs": 12,
-    "crop": 0.5,
-    "augment": True,
-    "rate": 1e-3,
-    "decay": 0.05,
-    "smoothing": 0.05,
-    "dropout": 0.0,
-    "mixup": 0.0,
-    "paired": False,
-    "average": False,
-    "start": None,
-    "halved": None,
-}
-START_EPOCHS = 4  # of the same number of epochs: a start costs no further time
-RECIPES = {
-    # What differs from BASE. resyntheses: share of the fakes; known: held-out generators that they may imitate; mixup:
-    # both parameters of its beta distribution; paired: resyntheses stand in a batch with their originals; average: of
-    # the weights over some 200 steps; start: another task for the first epochs; halved: which of the genuine clips are
-    # not used
-    "plain": {
-        "format": {
-            "window_s": 0.064,
-            "hop_s": 0.032,
-            "seconds_per_image": 3.0,
-            **LINEAR,
-            "frequency_range_hz": [0, 8000],
-        },
-        "copies": ("clean",),
-        "resyntheses": 0,
-        "augment": "flips and rotation",
-        "crop": 1.0,
-        "epochs": 8,
-        "clips": 1200,
-    },
+SMALL = False  # True: one block instead of two in each stage of the network, to choose by; named "..., small"
+RECIPES = {  # constants of the maker and of the trainer that differ from their defaults; sources: False hides them
     "ours": {},
-    "ours, copies by known methods": {"known": tuple(SIMILAR)},
-    "linear frequencies": {"format": LINEAR},
-    "without copies": {"copies": ("clean",)},
-    "without resyntheses": {"resyntheses": 0},
-    "without augmentation": {"augment": False},
-    "window of 32 ms": {"format": {"window_s": 0.032}},
-    "half of the genuine voices": {"halved": "voices"},
-    "half of the genuine clips": {"halved": "clips"},
-    "24 epochs": {"epochs": 24},
-    "crop of a quarter": {"crop": 0.25},
-    "whole width": {"crop": 1.0},
-    "decay of 0.3": {"decay": 0.3},
-    "without smoothing": {"smoothing": 0},
-    "dropout of 0.5": {"dropout": 0.5},
-    "mixup": {"mixup": 0.3},
-    "paired": {"paired": True},
-    "fakes are resyntheses only": {"resyntheses": 1},
-    "averaged weights": {"average": True},
-    "start: which laundering": {"start": "laundering"},
-    "start: forwards or backwards": {"start": "direction"},
-    "start: hidden patches": {"start": "patches"},
-    "start: original or resynthesis": {"start": "resyntheses"},
-    "start: half resolution": {"start": "small"},
+    "clean copies only": {"maker": {"CONDITIONS": ("clean",)}},
+    "classes balanced over all": {"sources": False},
+    "mel rows": {"maker": {"FREQUENCY_SCALE": "mel"}},
+    "window of 64 ms": {"maker": {"WINDOW_S": 0.064}},
+    "window of 16 ms": {"maker": {"WINDOW_S": 0.016}},
+    "resyntheses": {"maker": {"FAKES": ("griffinlim", "lpc", "harmonic")}},
+    "224 pixels": {"trainer": {"IMAGE_SIZE": 224}},
+    "whole width": {"trainer": {"TIME_CROP": 1.0}},
+    "weight decay of 0.5": {"trainer": {"WEIGHT_DECAY": 0.5}},
+    "40 epochs": {"trainer": {"EPOCHS": 40, "PATIENCE": 40}},
 }
 # ------------------------------------------------------------------------------------------------
-MAGMA = torch.tensor(colormaps["magma"](np.linspace(0, 1, maker.GREY_LEVELS), bytes=True)[:, :3].copy())
-COLOURS = torch.tensor(colormaps["magma"](np.linspace(0, 1, 256))[:, :3], dtype=torch.float32)
+CONDITIONS = ("noise", "reverb", "resample", "codec", "bandlimit")
 
 
-# ---- Pictures
+# ---- Images and folds
 
 
-def name_copies(row: dict, resyntheses: bool) -> list[str]:
-    """Name the copies of a clip: laundered ones, and resyntheses of genuine ones, clean and laundered."""
-    if row["label"] != "original" or not resyntheses:
-        return list(CONDITIONS)
-    draw = np.random.default_rng(zlib.crc32(row["path"].encode()))
-    laundered = [f"{kind}+{draw.choice(CONDITIONS[1:])}" for kind in maker.RESYNTHESES]
-    return [*CONDITIONS, *maker.RESYNTHESES, *laundered]
+def make_images(rows: list[dict], recipe: dict) -> Path:
+    """Make the images of all clips, or find those that were made with these constants before. Returns their data/."""
+    constants, sources = recipe.get("maker", {}), recipe.get("sources", True)
+    folder = WORK_DIR.resolve() / f"images-{zlib.crc32(repr((sorted(constants.items()), sources)).encode()):08x}"
+    for row in rows:
+        repo = row["repo"].replace("/", "_")
+        name = Path(row["path"]).name if sources else f"{repo}-{Path(row['path']).name}"
+        link = folder / "data/audio" / row["label"] / (repo if sources else "") / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to((CORPUS_DIR / row["path"]).resolve())
+    script = copy_script(folder, MAKER, HOLDOUT_SPEAKERS=0, **constants)
+    subprocess.run([sys.executable, str(script)], check=True, stdout=subprocess.DEVNULL)
+    return folder / "data"
 
 
-def make_clip(row: dict, settings: dict, resyntheses: bool) -> list[np.ndarray]:
-    """Make the pictures of a clip: for each of its copies uint8 levels, shape (parts, 224, 224)."""
-    samples = maker.read_audio(CORPUS_DIR / row["path"], settings["sample_rate"])
-    pictures = []
-    for condition in name_copies(row, resyntheses):
-        laundered, _ = maker.launder(samples, condition, f"{row['path']}__{condition}", settings, [])
-        pictures.append(np.stack(maker.cut_parts(laundered, settings)))
-    return pictures
+def choose_folds(rows: list[dict]) -> dict[str, int]:
+    """Choose the fold of each repo, the largest first, so that classes and sizes are balanced."""
+    counts = defaultdict(lambda: np.zeros(2))
+    for row in rows:
+        counts[row["repo"]][row["label"] == "original"] += 1
+    total, loads, folds = sum(counts.values()) / FOLDS, np.zeros((FOLDS, 2)), {}
+    for repo in sorted(sorted(counts), key=lambda name: -counts[name].sum()):
+        loaded = (loads + counts[repo]) / total
+        folds[repo] = int(np.argmin(loaded.max(1) + loaded.sum(1) / 2))
+        loads[folds[repo]] += counts[repo]
+    return folds
 
 
-def load_pictures(rows: list[dict], settings: dict, resyntheses: bool) -> list[list[np.ndarray]]:
-    """Make the pictures of all clips, or load those that were made with these settings before."""
-    kind = "all" if resyntheses else "laundered"
-    name = WORK_DIR / f"pictures-{kind}-{zlib.crc32(repr(sorted(settings.items())).encode()):08x}.npy"
-    index = name.with_suffix(".counts.npy")
-    if not index.exists():
-        make = partial(make_clip, settings=settings, resyntheses=resyntheses)
-        counts = np.zeros((len(rows), len(CONDITIONS) + 2 * len(maker.RESYNTHESES)), int)
-        with ProcessPoolExecutor() as pool, open(name, "wb") as file:
-            for number, pictures in enumerate(pool.map(make, rows, chunksize=8)):
-                counts[number, : len(pictures)] = [len(parts) for parts in pictures]
-                for parts in pictures:
-                    file.write(parts.tobytes())
-        np.save(index, counts)
-    counts, size = np.load(index), settings["image_size"]
-    pixels = np.memmap(name, np.uint8, "r").reshape(-1, size, size)
-    ends = np.cumsum(counts.ravel()).reshape(counts.shape)
-    return [[pixels[end - n : end] for end, n in zip(*pair)] for pair in zip(ends, counts)]
+def list_test_images(rows: list[dict], data_dir: Path) -> list[list[str]]:
+    """List the images of some clips, clean and laundered: img_path, actual_output, condition, path of the clip."""
+    paths = {path.name: path for path in data_dir.glob("*/combined/**/*.png")}
+    images = []
+    for row in rows:
+        repo, stem = row["repo"].replace("/", "_"), Path(row["path"]).stem
+        for condition in ("clean", *CONDITIONS):
+            if path := paths.get(f"{repo}-{stem}__{condition}.png"):
+                label = row["label"].capitalize()
+                images.append([str(path.relative_to(data_dir)), label, condition, row["path"]])
+    return images
 
 
-def paint(levels: np.ndarray) -> torch.Tensor:
-    """Paint levels, uint8 (batch, height, width), with the colour map: float32 RGB (batch, 3, height, width)."""
-    if SMALL:
-        levels = levels.reshape(len(levels), -1, 2, levels.shape[2]).mean(2).round()
-    return nn.functional.embedding(torch.from_numpy(levels).int(), MAGMA.float() / 255).permute(0, 3, 1, 2)
+# ---- A run
 
 
-# ---- Folds
+def run_fold(data_dir: Path, test: list[list[str]], constants: dict) -> list[dict]:
+    """Train on all but the test images and judge these. Returns the rows of the CSV."""
+    folder = WORK_DIR.resolve() / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    write_csv(folder / "test.csv", [["img_path", "actual_output", "condition", "clip"], *test])
+    common = {"DATA_DIR": str(data_dir), "HOLDOUT_CSVS": ["test.csv"], "PRETRAINED": None, "CACHE_DIR": "../cache"}
+    settings = {"IMG_BASE_PATH": str(data_dir), "CSV_FILES": ["test.csv"], "REPORT_BY": ("condition",)}
+    for script, changes in ((TRAINER, {**common, **constants}), (EVALUATOR, settings)):
+        target = copy_script(folder, script, **changes)
+        if SMALL:
+            module = folder / "models/detector.py"
+            text = module.read_text().replace(
+                "return resnet18(num_classes", "return ResNet(BasicBlock, [1] * 4, num_classes"
+            )
+            module.write_text(
+                text.replace(
+                    "import ResNet, resnet18",
+                    "import ResNet, resnet18\nfrom torchvision.models.resnet import BasicBlock",
+                )
+            )
+        done = subprocess.run([sys.executable, str(target)], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(f"{script} ended with {done.returncode}:\n{done.stdout}")
+    return read_csv(folder / "test.csv")
 
 
-def choose_sides(rows: list[dict], generators: tuple, voices: tuple) -> tuple[list[int], dict[str, list[int]]]:
-    """Choose the clips to train on, and those to test on by what is new in them."""
-    train, test = [], {"both": [], "generator": [], "voice": []}
-    for number, row in enumerate(rows):
-        generator = row["label"] == "deepfake" and row["engine"].startswith(generators)
-        voice = any(name in row["speaker"] for name in voices)
-        if row["label"] == "original":
-            (test["both"] if voice else train).append(number)
-        elif generator:
-            test["both" if voice or "copy" not in row["engine"] else "generator"].append(number)
-        else:
-            (test["voice" if generators else "both"] if voice else train).append(number)
-    held = {rows[number]["group"] for name in test for number in test[name] if "copy" in rows[number]["engine"]}
-    held |= {rows[number]["group"] for number in test["both"] if rows[number]["label"] == "original"}
-    return [number for number in train if rows[number]["group"] not in held], test
+def measure_eer(llr: np.ndarray, is_fake: np.ndarray) -> float:
+    """Measure the equal error rate."""
+    return float(compute_eer(*walk_errors(llr, is_fake, np.ones((1, len(llr)))))[0])
 
 
-# ---- Training
-
-
-class NarrowResNet(ResNet):
-    """A ResNet-18 with half the channels in its blocks."""
-
-    def __init__(self) -> None:
-        super().__init__(BasicBlock, [2, 2, 2, 2])
-        self.fc = nn.Linear(256, 2)
-
-    def _make_layer(self, block: type, planes: int, *args, **options) -> nn.Sequential:
-        return super()._make_layer(block, planes // 2, *args, **options)
-
-
-def change_plainly(images: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """Flip and rotate by up to 10 degrees, as tutorials do."""
-    flip = torch.rand(len(images), 1, 1, 1, generator=draw) < 0.5
-    images = torch.where(flip, images.flip(3), images)
-    angle = (torch.rand(len(images), generator=draw) - 0.5) * math.radians(20)
-    rows = torch.stack([angle.cos(), -angle.sin(), 0 * angle, angle.sin(), angle.cos(), 0 * angle], 1).view(-1, 2, 3)
-    grid = nn.functional.affine_grid(rows, list(images.shape), align_corners=False)
-    return nn.functional.grid_sample(images, grid, align_corners=False)
-
-
-def draw_batches(
-    recipe: dict, pictures: list, labels: np.ndarray, chosen: list[int], kinds: list[int], draw: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Draw the batches of an epoch: one part of one copy of each clip, and resyntheses in place of some fakes.
+def measure_fold(judged: list[dict], clips: dict[str, dict], known: set[str], both: set[str]) -> dict[str, float]:
+    """Measure what the issue of unseen speech is about.
 
     Args:
-        kinds: numbers of the resyntheses that may be used.
-
-    Returns:
-        Batches of levels, classes and numbers of copies.
+        judged: rows of the CSV; clips: rows of the manifest by path.
+        known: families of training; both: repos that hold both classes.
     """
-    which = [CONDITIONS.index(name) for name in recipe["copies"]]
-    genuine = [clip for clip in chosen if labels[clip]]
-    order = draw.permutation(chosen)
-    for start in range(0, len(order) - 31, 32):
-        batch, numbers = [], []
-        clips = order[start : start + 32]
-        beside = [clip for clip in clips if labels[clip]] if recipe["paired"] else []
-        for clip in clips:
-            copies = pictures[clip]
-            copy = draw.choice(which)
-            if not labels[clip] and draw.random() < recipe["resyntheses"]:
-                copies = pictures[draw.choice(beside or genuine)]
-                laundered = len(which) > 1 and draw.random() < 0.6
-                copy = len(CONDITIONS) + draw.choice(kinds) + laundered * len(maker.RESYNTHESES)
-            batch.append(copies[copy][draw.integers(len(copies[copy]))])
-            numbers.append(copy)
-        yield np.stack(batch), labels[clips], np.array(numbers)
-
-
-def compute_start_loss(
-    start: str, body: nn.Module, head: nn.Module, images: torch.Tensor, copies: torch.Tensor, draw: torch.Generator
-) -> torch.Tensor:
-    """Compute the loss of a task that needs no classes.
-
-    Args:
-        start: laundering (which one was applied?), direction (does time run backwards?) or patches (what is hidden?).
-        body: images to features; head: features to outputs, a convolution.
-    """
-    classes = copies
-    if start == "direction":
-        classes = (torch.rand(len(images), generator=draw) < 0.5).long()
-        images = torch.where(classes.bool().view(-1, 1, 1, 1), images.flip(3), images)
-    if start != "patches":
-        return nn.functional.cross_entropy(head(body(trainer.to_input(images))).mean((2, 3)).float(), classes)
-    cells = -(-images.shape[2] // 32), -(-images.shape[3] // 32)
-    hidden = (torch.rand(len(images), 1, *cells, generator=draw) < 0.4).float()
-    cover = nn.functional.interpolate(hidden, scale_factor=32)[:, :, : images.shape[2], : images.shape[3]]
-    brightness = trainer.to_brightness(images)[:, None].float()
-    wanted = nn.functional.adaptive_avg_pool2d(brightness, (8 * cells[0], 8 * cells[1]))
-    wanted = nn.functional.pixel_unshuffle(wanted, 8)
-    found = head(body(trainer.to_input(images * (1 - cover) + images.mean((2, 3), keepdim=True) * cover)))
-    return ((found.float() - wanted).square() * hidden).sum() / hidden.sum() / 64
-
-
-def train(
-    recipe: dict,
-    pictures: list,
-    labels: np.ndarray,
-    chosen: list[int],
-    held: tuple,
-    seed: int,
-    compute: trainer.Compute,
-) -> nn.Module:
-    """Train a network on one random part of each clip in each epoch; `held` names the generators held out."""
-    torch.manual_seed(seed)
-    model = NarrowResNet().to(memory_format=torch.channels_last) if SMALL else trainer.build_model(None, compute)
-    body, features = nn.Sequential(*list(model.children())[:-2]), model.fc.in_features
-    outputs = {"laundering": len(CONDITIONS), "direction": 2, "patches": 64}.get(recipe["start"])
-    head = nn.Conv2d(features, outputs, 1) if outputs else nn.Identity()
-    model.fc = nn.Sequential(nn.Dropout(recipe["dropout"]), model.fc)
-    weights = torch.tensor(1 / np.bincount(labels[chosen]), dtype=torch.float32)
-    loss_fn = nn.CrossEntropyLoss(weights / weights.mean(), label_smoothing=recipe["smoothing"])
-    parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, recipe["rate"], weight_decay=recipe["decay"], fused=True)
-    steps = recipe["epochs"] * (len(chosen) // 32)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(trainer.scale_rate, steps=steps))
-    averaged = None
-    if recipe["average"]:
-        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=True)
-    similar = {SIMILAR.get(name) for name in held if name not in recipe["known"]}
-    kinds = [number for number, name in enumerate(maker.RESYNTHESES) if name not in similar]
-    numpy_draw, draw = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    model.train()
-    for epoch in range(recipe["epochs"]):
-        start = recipe["start"] if epoch < START_EPOCHS else None
-        share = {None: recipe["resyntheses"], "resyntheses": 1, "small": recipe["resyntheses"]}.get(start, 0)
-        drawn = draw_batches({**recipe, "resyntheses": share}, pictures, labels, chosen, kinds, numpy_draw)
-        for levels, truth, copies in drawn:
-            targets, mix, other = torch.from_numpy(truth), 1.0, torch.arange(len(truth)).flip(0)
-            if recipe["mixup"]:
-                mix = float(numpy_draw.beta(recipe["mixup"], recipe["mixup"]))
-                levels = (mix * levels + (1 - mix) * levels[::-1]).round()
-            images = paint(levels)
-            if recipe["augment"] == "flips and rotation":
-                images = change_plainly(images, draw)
-            elif recipe["augment"]:
-                images = trainer.augment(images, COLOURS, recipe["crop"], draw)
-            else:
-                width = round(recipe["crop"] * images.shape[3])
-                first = int(numpy_draw.integers(images.shape[3] - width + 1))
-                images = images[:, :, :, first : first + width]
-            if start == "small":
-                images = nn.functional.avg_pool2d(images, 2)
-            with compute.autocast():
-                if outputs and start:
-                    loss = compute_start_loss(start, body, head, images, torch.from_numpy(copies), draw)
-                else:
-                    logits = model(trainer.to_input(images)).float()
-                    loss = mix * loss_fn(logits, targets) + (1 - mix) * loss_fn(logits, targets[other])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if averaged:
-                averaged.update_parameters(model)
-    return (averaged or model).eval()
-
-
-@torch.inference_mode()
-def score(model: nn.Module, pictures: list, clips: list[int], copy: int, compute: trainer.Compute) -> np.ndarray:
-    """Score clips by the mean over their parts of logit Deepfake - logit Original."""
-    levels = np.concatenate([pictures[clip][copy] for clip in clips])
-    owner = np.repeat(np.arange(len(clips)), [len(pictures[clip][copy]) for clip in clips])
-    scores = []
-    for start in range(0, len(levels), 32):
-        with compute.autocast():
-            logits = model(trainer.to_input(paint(levels[start : start + 32]))).float()
-        scores.append((logits[:, 0] - logits[:, 1]).numpy())
-    return np.bincount(owner, np.concatenate(scores)) / np.bincount(owner)
-
-
-# ---- Measures
-
-
-def compute_eer(fake: np.ndarray, genuine: np.ndarray) -> float:
-    """Compute the equal error rate of scores that are higher for fakes, as the evaluator does."""
-    return evaluator.measure(-np.r_[fake, genuine], np.arange(len(fake) + len(genuine)) < len(fake))["eer"]
-
-
-def halve_genuine(chosen: list[int], rows: list[dict], what: str, seed: int) -> list[int]:
-    """Leave out half of the genuine clips, drawn by clip or by voice ("clips", "voices")."""
-    unit = {number: rows[number]["speaker"] if what == "voices" else number for number in chosen}
-    units = sorted({unit[number] for number in chosen if rows[number]["label"] == "original"})
-    kept = set(np.random.default_rng(seed).permutation(units)[: len(units) // 2].tolist())
-    return [number for number in chosen if rows[number]["label"] == "deepfake" or unit[number] in kept]
-
-
-def run_fold(recipe: dict, pictures: list, rows: list[dict], fold: int, seed: int, compute: trainer.Compute) -> dict:
-    """Train on a fold and measure: {name of a measure: value}."""
-    labels = np.array([int(row["label"] == "original") for row in rows])
-    chosen, test = choose_sides(rows, *FOLDS[fold])
-    draw = np.random.default_rng(seed)
-    groups = sorted({rows[number]["group"] for number in chosen})
-    held = set(draw.permutation(groups)[: len(groups) // 10].tolist())
-    validation = [number for number in chosen if rows[number]["group"] in held]
-    chosen = draw.permutation([number for number in chosen if rows[number]["group"] not in held])[: recipe.get("clips")]
-    chosen = halve_genuine(chosen.tolist(), rows, recipe["halved"], seed) if recipe["halved"] else chosen.tolist()
-    started = time.perf_counter()
-    model = train(recipe, pictures, labels, chosen, FOLDS[fold][0], seed, compute)
-    measures = {"training_s": time.perf_counter() - started, "clips": len(chosen)}
-
-    clean = score(model, pictures, validation, 0, compute)
-    known_fake, known_genuine = (clean[labels[validation] == label] for label in (0, 1))
-    candidates = np.sort(clean)
-    gaps = [abs((known_fake < value).mean() - (known_genuine >= value).mean()) for value in candidates]
-    threshold = float(candidates[int(np.argmin(gaps))])
-    measures["validation_eer"] = compute_eer(known_fake, known_genuine)
-    both = np.array(test["both"])
-    for copy, condition in enumerate(CONDITIONS):
-        scores = score(model, pictures, test["both"], copy, compute)
-        fake, genuine = scores[labels[both] == 0], scores[labels[both] == 1]
-        measures[f"eer_{condition}"] = compute_eer(fake, genuine)
-        if condition == "clean":
-            measures["half_total_error"] = ((fake < threshold).mean() + (genuine >= threshold).mean()) / 2
-            measures["eer_new_generator_known_voices"] = compute_eer(fake, known_genuine)
-            measures["eer_known_generators_new_voices"] = compute_eer(known_fake, genuine)
-            for engine in sorted({rows[number]["engine"] for number in test["both"]} - {""}):
-                part = np.array([rows[number]["engine"] == engine for number in test["both"]])
-                measures[f"eer_clean_{engine}"] = compute_eer(scores[part], genuine)
+    scores = {name: {} for name in ("clean", *CONDITIONS)}
+    for row in judged:
+        score = np.clip(float(row["deepfake_score"]), 1e-6, 1 - 1e-6)
+        scores[row["condition"]].setdefault(row["clip"], []).append(np.log(1 / score - 1))
+    chosen = [clips[path] for path in scores["clean"]]
+    llr = np.array([np.mean(values) for values in scores["clean"].values()])
+    is_fake = np.array([row["label"] == "deepfake" for row in chosen])
+    repos = np.array([row["repo"] for row in chosen])
+    measures = {"EER, all": measure_eer(llr, is_fake)}
+    pages = [
+        repos == repo
+        for repo in sorted(both)
+        if min(sum((repos == repo) & is_fake), sum((repos == repo) & ~is_fake)) > 2
+    ]
+    measures["EER within pages, mean"] = float(np.mean([measure_eer(llr[page], is_fake[page]) for page in pages]))
+    unknown = np.array([row["family"] not in known for row in chosen])
+    vocoded = np.array([row["kind"] in ("vocoder", "codec") for row in chosen])
+    for name, part in (("families unknown in training", unknown), ("vocoder and codec fakes", vocoded)):
+        measures[f"EER, {name}"] = measure_eer(llr[part | ~is_fake], is_fake[part | ~is_fake])
+    misses, false_alarms = walk_errors(llr, is_fake, np.ones((1, len(llr))))
+    threshold = np.sort(llr)[max(0, np.abs(misses - false_alarms).argmin() - 1)]
+    on_page = np.isin(repos, list(both))
+    measures["genuine flagged, pages with fakes"] = float((llr[~is_fake & on_page] <= threshold).mean())
+    measures["genuine flagged, other"] = float((llr[~is_fake & ~on_page] <= threshold).mean())
+    half = (np.mean(llr[~is_fake] < 0) + np.mean(llr[is_fake] >= 0)) / 2
+    measures["half total error"] = float(half)
+    for condition in CONDITIONS:
+        if scores[condition]:
+            values = np.array(
+                [np.mean(scores[condition][row["path"]]) for row in chosen if row["path"] in scores[condition]]
+            )
+            measures[f"EER, {condition}"] = measure_eer(values, is_fake)
     return measures
 
 
@@ -403,48 +179,49 @@ def run_fold(recipe: dict, pictures: list, rows: list[dict], fold: int, seed: in
 
 
 def print_table(results: list[dict]) -> None:
-    """Print each measure's mean over folds and seeds for each recipe, and the lowest and highest run in brackets."""
+    """Print each measure's mean over folds and seeds for each recipe, in per cent, and the lowest and highest run."""
     values = defaultdict(list)
     for row in results:
-        values[row["measure"], row["recipe"]].append(float(row["value"]))
+        values[row["measure"], row["recipe"]].append(100 * float(row["value"]))
     recipes = list(dict.fromkeys(row["recipe"] for row in results))
-    print(f"| measure | {' | '.join(recipes)} |\n|---|{'---|' * len(recipes)}")
+    print(f"| %, mean (lowest to highest run) | {' | '.join(recipes)} |\n|---|{'---|' * len(recipes)}")
     for measure in dict.fromkeys(row["measure"] for row in results):
         runs = [values[measure, recipe] for recipe in recipes]
-        cells = [f"{np.mean(run):.3f} ({min(run):.3f} to {max(run):.3f})" if run else "" for run in runs]
+        cells = [f"{np.mean(run):.1f} ({min(run):.1f} to {max(run):.1f})" if run else "" for run in runs]
         print(f"| {measure} | {' | '.join(cells)} |")
 
 
 def main() -> None:
     """Run what is not in results.csv yet, print the table."""
     WORK_DIR.mkdir(exist_ok=True)
-    with open(CORPUS_DIR / "manifest.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(CORPUS_DIR / "manifest.csv")
+    clips, folds = {row["path"]: row for row in rows}, choose_folds(rows)
+    labels = defaultdict(set)
+    for row in rows:
+        labels[row["repo"]].add(row["label"])
+    both = {repo for repo, found in labels.items() if len(found) == 2}
     path, fields = WORK_DIR / "results.csv", ["recipe", "fold", "seed", "measure", "value"]
-    results = []
-    if path.exists():
-        with open(path, newline="") as file:
-            results = list(csv.DictReader(file))
-    compute = trainer.choose_compute("auto")
+    results = read_csv(path) if path.exists() else []
     for seed in SEEDS:
-        for fold in range(len(FOLDS)):
+        for fold in range(FOLDS):
             for name in sys.argv[1:] or RECIPES:
-                recipe, name = {**BASE, **RECIPES[name]}, name + ", small" * SMALL
+                recipe, name = RECIPES[name], name + ", small" * SMALL
                 if any((row["recipe"], row["fold"], row["seed"]) == (name, str(fold), str(seed)) for row in results):
                     continue
-                settings = {**maker.collect_settings(), **FORMAT, **recipe["format"]}
-                pictures = load_pictures(rows, settings, recipe["resyntheses"] > 0 or not recipe["format"])
-                measures = run_fold(recipe, pictures, rows, fold, seed, compute)
-                print(name, fold, seed, {key: round(value, 3) for key, value in measures.items()}, flush=True)
-                results += [
-                    dict(zip(fields, (name, str(fold), str(seed), key, value))) for key, value in measures.items()
-                ]
-                with open(path, "w", newline="") as file:
-                    writer = csv.DictWriter(file, fields)
-                    writer.writeheader()
-                    writer.writerows(results)
+                data_dir = make_images(rows, recipe)
+                test = list_test_images([row for row in rows if folds[row["repo"]] == fold], data_dir)
+                judged = run_fold(data_dir, test, {"SEED": seed, **recipe.get("trainer", {})})
+                known = {row["family"] for row in rows if folds[row["repo"]] != fold}
+                measures = measure_fold(judged, clips, known, both)
+                print(
+                    name, fold, seed, json.dumps({key: round(value, 3) for key, value in measures.items()}), flush=True
+                )
+                results += [dict(zip(fields, (name, fold, seed, key, value))) for key, value in measures.items()]
+                results = [{key: str(value) for key, value in row.items()} for row in results]
+                write_csv(path, [fields, *([row[field] for field in fields] for row in results)])
     print_table(results)
 
 
 if __name__ == "__main__":
+    os.chdir(ROOT)
     main()
