@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -351,6 +352,7 @@ def run_script(main: Callable[[], int], doc: str, when_stopped: str) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Takes no arguments: edit the settings at the top of the script.",
     ).parse_args()
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # Pillow's, on large scans
     signal.signal(signal.SIGTERM, raise_interrupt)
     try:
         return main()
