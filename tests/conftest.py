@@ -15,18 +15,22 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks: more threads only wait for each other
-
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 TRAINER, EVALUATOR, MAKER = "train_deepfake_detector.py", "evaluate_deepfake_model.py", "data/make_spectrograms.py"
 QUICK = {"IMAGE_SIZE": 32, "EPOCHS": 1, "BATCH_SIZE": 8, "WORKERS": 0, "PRETRAINED": None, "VAL_FRACTION": 0.25}
+
+
+def pytest_configure() -> None:
+    """Let small networks compute in one thread: more would only wait for each other."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+    torch.set_num_threads(1)
 
 
 class Outcome(NamedTuple):
