@@ -621,7 +621,7 @@ def list_caveats(entry: dict) -> list[str]:
 
 
 def format_checks(entry: dict) -> list[str]:
-    """Write the results of the leak, format and shortcut checks."""
+    """Write the results of the leak, format and shortcut checks, a sentence each."""
     lines = []
     if seen := entry["seen"]:
         lines.append(
@@ -634,10 +634,10 @@ def format_checks(entry: dict) -> list[str]:
     if entry["format"]:
         fraction = f"{entry['format']['share_unlike']:.0%} of {entry['format']['images']:,} images"
         lines.append(f"Format check: {fraction} were rendered unlike the training images (1 % of validation's are)")
-        lines += textwrap.wrap(entry["format"]["warning"], 98)
+        lines += [entry["format"]["warning"]] * bool(entry["format"]["warning"])
     if entry["shortcuts"]:
         values = ", ".join(f"{name} {auc:.2f}" for name, auc in entry["shortcuts"].items())
-        lines += textwrap.wrap(f"Shortcut check, AUC by which each predicts the class in training: {values}", 98)
+        lines.append(f"Shortcut check, AUC by which each predicts the class in training: {values}")
     unchecked = {"seen": "leak", "shortcuts": "shortcut", "format": "format"}
     if names := [name for key, name in unchecked.items() if entry[key] is None]:
         lines.append(f"The checkpoint holds nothing for these checks: {', '.join(names)}")
@@ -661,7 +661,7 @@ def format_report(entry: dict, classification: str) -> str:
     lines += ["", classification, ""]
     lines += [f"{label:<38}{text}" for label, text in format_metrics(entry)]
     lines += [f"Not computed: {reason}" for reason in entry["not_computed"]]
-    lines += ["", *format_checks(entry)]
+    lines += ["", *(line for check in format_checks(entry) for line in textwrap.wrap(check, 98))]
     for column in dict.fromkeys(part["column"] for part in entry["by_condition"]):
         lines += ["", f"{'By ' + column:<36}{'rows':>7}  {'EER, 95% CI':<26}{'accuracy':>9}"]
         for part in entry["by_condition"]:

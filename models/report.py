@@ -289,7 +289,8 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; border-botto
 .verdict { font-size: 1.1rem; border-left: 4px solid #1a1a1a; padding-left: .8rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; } th, td { padding: .25rem .6rem; text-align: left; }
-th { border-bottom: 2px solid #1a1a1a; } td { border-bottom: 1px solid #ccc; overflow-wrap: anywhere; }
+th { border-bottom: 2px solid #1a1a1a; } td { border-bottom: 1px solid #ccc; }
+td:last-child { overflow-wrap: anywhere; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; break-inside: avoid; }
 figcaption, .small { font-size: .85rem; } code { overflow-wrap: anywhere; }
