@@ -1,4 +1,4 @@
-"""The format check: images of the same make pass, images of another make are noticed."""
+"""The format check: images rendered as those of training pass, others are noticed."""
 
 import shutil
 
@@ -65,14 +65,14 @@ def voices(tmp_path_factory):
     return folder
 
 
-def test_format_check_is_silent_on_images_of_the_same_make(voices):
+def test_format_check_is_silent_on_images_rendered_alike(voices):
     outcome = run(voices, EVALUATOR, WORKERS=0)
     assert outcome.status == 0, outcome.err
     assert "rendered unlike the training images (validation" not in outcome.out
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_format_check_warns_of_images_of_another_make(voices, fault, tmp_path):
+def test_format_check_warns_of_images_rendered_otherwise(voices, fault, tmp_path):
     shutil.copytree(voices, tmp_path / "copy")
     for row in read_csv(tmp_path / "copy/test_data/test.csv"):
         path = tmp_path / "copy/data" / row["img_path"]

@@ -134,7 +134,7 @@ def measure_eer(llr: np.ndarray, is_fake: np.ndarray) -> float:
 
 
 def measure_fold(judged: list[dict], clips: dict[str, dict], known: set[str], both: set[str]) -> dict[str, float]:
-    """Measure what the issue of unseen speech is about.
+    """Measure a fold: errors on speech of new pages, voices and systems.
 
     Args:
         judged: rows of the CSV; clips: rows of the manifest by path.
