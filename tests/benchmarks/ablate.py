@@ -160,7 +160,7 @@ def measure_fold(judged: list[dict], clips: dict[str, dict], known: set[str], bo
     for name, part in (("families unknown in training", unknown), ("vocoder and codec fakes", vocoded)):
         measures[f"EER, {name}"] = measure_eer(llr[part | ~is_fake], is_fake[part | ~is_fake])
     misses, false_alarms = walk_errors(llr, is_fake, np.ones((1, len(llr))))
-    threshold = np.sort(llr)[max(0, np.abs(misses - false_alarms).argmin() - 1)]
+    threshold = np.unique(llr)[max(0, np.abs(misses - false_alarms).argmin() - 1)]
     on_page = np.isin(repos, list(both))
     measures["genuine flagged, pages with fakes"] = float((llr[~is_fake & on_page] <= threshold).mean())
     measures["genuine flagged, other"] = float((llr[~is_fake & ~on_page] <= threshold).mean())
