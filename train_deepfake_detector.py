@@ -430,7 +430,10 @@ def load_state(path: Path) -> Optional[dict]:
     if not path.exists():
         return None
     try:
-        return detector.load_content(path)
+        state = detector.load_content(path)
+        if "conditions" not in state:
+            raise ValueError(f"{path} is of another version of this script")
+        return state
     except ValueError as error:
         raise ValueError(f"{error}: the run cannot be resumed; RESUME = False starts over") from None
 

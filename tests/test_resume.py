@@ -138,6 +138,13 @@ def test_damaged_state_stops_and_loses_nothing(interrupted):
     assert {path: path.read_bytes() for path in (interrupted / MODELS).iterdir()} == before
 
 
+def test_state_of_another_version_stops(interrupted):
+    torch.save({"history": [], "run": {}}, interrupted / MODELS / "resume_state.pth")
+    assert_refused(
+        run(interrupted, TRAINER, **LONG), "is of another version of this script", "RESUME = False starts over"
+    )
+
+
 def test_missing_best_checkpoint_stops(interrupted):
     (interrupted / MODELS / BEST).unlink()
     outcome = run(interrupted, TRAINER, **LONG)
