@@ -62,7 +62,7 @@ MAX_UNREADABLE = 0.01  # fraction of the images that may be unreadable before th
 # Model
 PRETRAINED = "IMAGENET1K_V1"  # torchvision's ImageNet weights, the path of a .pth, or None: random weights
 # Training
-EPOCHS = 20
+EPOCHS = 40
 EPOCH_IMAGES = 5_000  # images drawn for an epoch, at most; fewer where there are fewer
 TIME_CROP = 0.5  # fraction of an image's width, at a random position, that a training step uses; 0.01 to 1
 BATCH_SIZE = 32  # images
