@@ -144,7 +144,7 @@ def test_broken_files_are_named_and_passed(tmp_path):
     (tmp_path / "data/audio/original/broken.wav").write_bytes(b"RIFF nonsense")
     (tmp_path / "data/audio/original/empty.wav").write_bytes(b"")
     wavfile.write(tmp_path / "data/audio/original/silent.wav", 16000, np.zeros(16000, np.int16))
-    write_wav(tmp_path / "data/audio/original/click.wav", make_tone(1000, 0.05))
+    write_wav(tmp_path / "data/audio/original/click.wav", make_tone(1000, 0.02))
     outcome = run(tmp_path, MAKER, **CLEAN)
     assert outcome.status == 1
     assert [path.name for path in (tmp_path / "data/original/combined").iterdir()] == ["good__clean.png"]
