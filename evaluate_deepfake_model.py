@@ -535,7 +535,7 @@ def check_seen(table: pandas.DataFrame, facts: dict, fingerprints: dict[str, int
     return {
         "rows_as_image": int(as_image.sum()),
         "rows_as_recording": int((as_recording & ~as_image).sum()),
-        "without_them": measure_table(rest) if 0 < len(rest) < len(table) else None,
+        "without_them": measure_table(rest) if 0 < len(rest) < len(table) and rest["label"].all() else None,
     }
 
 
@@ -760,7 +760,8 @@ def report_job(job: Job, scores: Scores, model: Detector, settings: dict, origin
         print_recordings(recordings)
     if len(rows):
         sentences = write_summary(entry) if entry else summarise_verdicts(job, recordings, look)
-        checks = format_checks(entry or {"seen": None, "shortcuts": model.facts.get("shortcuts"), "format": look})
+        seen, shortcuts = check_seen(rows, model.facts, scores.fingerprints), model.facts.get("shortcuts")
+        checks = format_checks(entry or {"seen": seen, "shortcuts": shortcuts, "format": look})
         pictures = {ending: files.get(job.name_output(ending)) for ending in report.CAPTIONS}
         context = {"checks": checks, "pictures": pictures, "origin": origin}
         page = report.write_page(job.name, sentences, recordings, format_metrics(entry) if entry else [], context)

@@ -117,6 +117,7 @@ def test_verdicts_on_recordings_without_labels(judged):
     assert re.search(r"^talk +Original +0\.\d+ +7\.2", outcome.out, flags=re.MULTILINE)
     page = (judged / "test_data/unknown_report.html").read_text()
     assert "Of 2 recordings in unknown.csv, the detector classifies 1 as Original and 1 as Deepfake." in page
+    assert "Leak check: 0 rows were trained or validated on" in page
 
 
 def test_timeline_shows_a_splice(judged):
