@@ -294,7 +294,9 @@ td:last-child { overflow-wrap: anywhere; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; break-inside: avoid; }
 figcaption, .small { font-size: .85rem; } code { overflow-wrap: anywhere; }
-@media print { @page { size: A4; margin: 15mm; } body { max-width: none; padding: 0; font-size: 10pt; } }
+h2 { break-after: avoid; }
+@media print { @page { size: A4; margin: 15mm; } body { max-width: none; padding: 0; font-size: 10pt; }
+               img { max-height: 235mm; } }
 """
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -304,12 +306,12 @@ PAGE = """<!doctype html>
 </body></html>
 """
 CAPTIONS = {  # of the pictures, in order, by what their names end with
-    "_timeline.png": "Score of each part along time, over the spectrogram. Parts above the dashed threshold are "
-    "classified as deepfake; a jump may be a splice.",
     ".png": "Confusion matrix: rows are the true classes, columns the verdicts; the diagonal is right.",
     "_curves.png": "Left: DET curve, better towards the lower left. Right: scores by class; overlap means errors.",
     "_conditions.png": "Equal error rate by group, with 95% confidence intervals; the dotted line is the overall rate.",
     "_mistakes.png": "The most confident mistakes and right verdicts; cyan outlines where the evidence is strongest.",
+    "_timeline.png": "Score of each part along time, over the spectrogram. Parts above the dashed threshold are "
+    "classified as deepfake; a jump may be a splice.",
 }
 MOST_ROWS = 200  # of recordings on the page
 
