@@ -502,7 +502,8 @@ def list_images(pictures: list[Picture], data_dir: Path) -> list[tuple[str, Pict
             path = next((path for path in paths if path.exists()), None)
             if path is None:
                 break
-            start_s = (read_notes(path) or {}).get("start_s", 0.0)
+            notes = read_notes(path) if picture.recording.kind == "unknown" else None  # opening many takes long
+            start_s = (notes or {}).get("start_s", 0.0)
             images.append((path.relative_to(data_dir).as_posix(), picture, start_s))
             number += 1
     return images
