@@ -117,10 +117,10 @@ def read_image(path: str, size: int) -> torch.Tensor:
         if image.mode.startswith("I"):
             grey = np.round(np.asarray(image, dtype=np.float64) / 257)
             image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        if image.mode in ("LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
-            if image.getextrema()[3][0] < 255:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode not in ("RGB", "RGBA"):
             image = image.convert("RGB")
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
