@@ -462,8 +462,8 @@ def compare_conditions(before: dict, now: dict) -> None:
 
 
 def scale_rate(step: int, steps: int) -> float:
-    """Return the fraction of the peak learning rate at a step: warm-up over a fifth, then cosine decay to 0."""
-    warm_up = max(1, steps // 5)
+    """Return the fraction of the peak learning rate at a step: warm-up over a twentieth, then cosine decay to 0."""
+    warm_up = max(1, steps // 20)
     if step < warm_up:
         return (step + 1) / warm_up
     return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2 if step < steps else 0.0
