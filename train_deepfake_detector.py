@@ -69,7 +69,7 @@ BATCH_SIZE = 32  # images
 LEARNING_RATE = None  # peak of the schedule; None: 1e-3 from random weights, 3e-4 from pretrained ones
 WEIGHT_DECAY = 0.05  # of AdamW
 LABEL_SMOOTHING = 0.05  # 0 to below 1
-PATIENCE = 10  # epochs without a lower validation loss after which training stops
+PATIENCE = 20  # epochs without a lower validation loss after which training stops
 SEED = 0
 # System
 WORKERS = None  # processes that decode images; 0: the main process; None: chosen by machine and job
