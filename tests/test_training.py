@@ -273,6 +273,15 @@ def test_loss_that_is_no_number_stops_the_run_and_says_what_to_try(project):
     assert_refused(outcome, "lower LEARNING_RATE")
 
 
+def test_learning_rate_rises_for_a_twentieth_of_the_steps_then_falls_to_zero():
+    rates = [trainer.scale_rate(step, 200) for step in range(201)]
+    assert rates[:2] == [0.1, 0.2] and rates[9] == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[105] == pytest.approx(0.5)
+    assert rates[200] == 0
+    assert trainer.scale_rate(0, 1) == 1  # a single step is taken in full
+
+
 def test_patience_ends_training(project):
     outcome = run(project, TRAINER, **{**QUICK, "EPOCHS": 40, "PATIENCE": 1})
     rows = read_csv(project / "models/experiments/history.csv")

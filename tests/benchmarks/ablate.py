@@ -48,7 +48,8 @@ RECIPES = {  # constants of the maker and of the trainer that differ from their 
     "224 pixels": {"trainer": {"IMAGE_SIZE": 224}},
     "whole width": {"trainer": {"TIME_CROP": 1.0}},
     "weight decay of 0.5": {"trainer": {"WEIGHT_DECAY": 0.5}},
-    "40 epochs": {"trainer": {"EPOCHS": 40, "PATIENCE": 40}},
+    "20 epochs": {"trainer": {"EPOCHS": 20}},
+    "batches of 128": {"trainer": {"BATCH_SIZE": 128, "LEARNING_RATE": 2e-3}},
 }
 # ------------------------------------------------------------------------------------------------
 CONDITIONS = ("noise", "reverb", "resample", "codec", "bandlimit")
