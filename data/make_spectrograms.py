@@ -9,7 +9,7 @@ Out: images in original/combined/, deepfake/combined/ and unknown/, IMAGE_SIZE x
 
 `<folder>/<recording>.wav` becomes `<folder>-<recording>__<condition>[_<part>].png`. A first folder that both classes
 have (a speaker, page or corpus with genuine and fake speech) is a source; its images get a folder of that name.
-CONDITIONS lists the copies of each training recording: clean, and laundered as speech is on its way to a listener. What
+CONDITIONS lists the copies of each training recording: clean, or laundered as speech is on its way to a listener. What
 is done is drawn for each file, the same in each run, and stored in the image with all settings; images made with other
 settings are never mixed with new ones. Every pixel column stands for the same time: long recordings become several
 images, short ones are repeated to fill one. About 75 clean recordings a second on one core.
@@ -46,7 +46,7 @@ from models import runtime  # noqa: E402
 # Settings. Relative paths start at this script's folder.
 AUDIO_DIR = Path("audio")  # holds original/, deepfake/ and unknown/, each with recordings at any depth
 
-CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")  # also gain, clip; "reverb+noise": in turn
+CONDITIONS = ("clean",)  # also noise, reverb, resample, codec, bandlimit, gain, clip; "reverb+noise": in turn
 FAKES = ()  # fakes to make of each genuine recording: griffinlim, lpc, harmonic; "lpc+codec": laundered as well
 BABBLE_DIR = None  # folder of recordings for babble among the noises, the same for both classes; None: no babble
 SNR_RANGE_DB = (5, 30)  # dB, speech over noise

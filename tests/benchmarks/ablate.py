@@ -37,9 +37,10 @@ WORK_DIR = Path("ablation")
 FOLDS = 5
 SEEDS = (0, 1)
 SMALL = False  # True: one block instead of two in each stage of the network, to choose by; named "..., small"
+CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")  # of the test clips
 RECIPES = {  # constants of the maker and of the trainer that differ from their defaults; sources: False hides them
     "ours": {},
-    "clean copies only": {"maker": {"CONDITIONS": ("clean",)}},
+    "laundered copies": {"maker": {"CONDITIONS": CONDITIONS}},
     "classes balanced over all": {"sources": False},
     "mel rows": {"maker": {"FREQUENCY_SCALE": "mel"}},
     "window of 64 ms": {"maker": {"WINDOW_S": 0.064}},
@@ -52,7 +53,6 @@ RECIPES = {  # constants of the maker and of the trainer that differ from their 
     "batches of 128": {"trainer": {"BATCH_SIZE": 128, "LEARNING_RATE": 2e-3}},
 }
 # ------------------------------------------------------------------------------------------------
-CONDITIONS = ("noise", "reverb", "resample", "codec", "bandlimit")
 
 
 # ---- Images and folds
@@ -93,7 +93,7 @@ def list_test_images(rows: list[dict], data_dir: Path) -> list[list[str]]:
     images = []
     for row in rows:
         repo, stem = row["repo"].replace("/", "_"), Path(row["path"]).stem
-        for condition in ("clean", *CONDITIONS):
+        for condition in CONDITIONS:
             if path := paths.get(f"{repo}-{stem}__{condition}.png"):
                 label = row["label"].capitalize()
                 images.append([str(path.relative_to(data_dir)), label, condition, row["path"]])
@@ -103,13 +103,13 @@ def list_test_images(rows: list[dict], data_dir: Path) -> list[list[str]]:
 # ---- A run
 
 
-def run_fold(data_dir: Path, test: list[list[str]], constants: dict) -> list[dict]:
-    """Train on all but the test images and judge these. Returns the rows of the CSV."""
+def run_fold(data_dir: Path, test_dir: Path, test: list[list[str]], constants: dict) -> list[dict]:
+    """Train on data_dir without the clips of the test images and judge these, of test_dir. Returns the CSV's rows."""
     folder = WORK_DIR.resolve() / "run"
     shutil.rmtree(folder, ignore_errors=True)
     write_csv(folder / "test.csv", [["img_path", "actual_output", "condition", "clip"], *test])
     common = {"DATA_DIR": str(data_dir), "HOLDOUT_CSVS": ["test.csv"], "PRETRAINED": None, "CACHE_DIR": "../cache"}
-    settings = {"IMG_BASE_PATH": str(data_dir), "CSV_FILES": ["test.csv"], "REPORT_BY": ("condition",)}
+    settings = {"IMG_BASE_PATH": str(test_dir), "CSV_FILES": ["test.csv"], "REPORT_BY": ("condition",)}
     for script, changes in ((TRAINER, {**common, **constants}), (EVALUATOR, settings)):
         target = copy_script(folder, script, **changes)
         if SMALL:
@@ -141,7 +141,7 @@ def measure_fold(judged: list[dict], clips: dict[str, dict], known: set[str], bo
         judged: rows of the CSV; clips: rows of the manifest by path.
         known: families of training; both: repos that hold both classes.
     """
-    scores = {name: {} for name in ("clean", *CONDITIONS)}
+    scores = {name: {} for name in CONDITIONS}
     for row in judged:
         score = np.clip(float(row["deepfake_score"]), 1e-6, 1 - 1e-6)
         scores[row["condition"]].setdefault(row["clip"], []).append(np.log(1 / score - 1))
@@ -167,7 +167,7 @@ def measure_fold(judged: list[dict], clips: dict[str, dict], known: set[str], bo
     measures["genuine flagged, other"] = float((llr[~is_fake & ~on_page] <= threshold).mean())
     half = (np.mean(llr[~is_fake] < 0) + np.mean(llr[is_fake] >= 0)) / 2
     measures["half total error"] = float(half)
-    for condition in CONDITIONS:
+    for condition in CONDITIONS[1:]:
         if scores[condition]:
             values = np.array(
                 [np.mean(scores[condition][row["path"]]) for row in chosen if row["path"] in scores[condition]]
@@ -210,8 +210,9 @@ def main() -> None:
                 if any((row["recipe"], row["fold"], row["seed"]) == (name, str(fold), str(seed)) for row in results):
                     continue
                 data_dir = make_images(rows, recipe)
-                test = list_test_images([row for row in rows if folds[row["repo"]] == fold], data_dir)
-                judged = run_fold(data_dir, test, {"SEED": seed, **recipe.get("trainer", {})})
+                test_dir = make_images(rows, {**recipe, "maker": {**recipe.get("maker", {}), "CONDITIONS": CONDITIONS}})
+                test = list_test_images([row for row in rows if folds[row["repo"]] == fold], test_dir)
+                judged = run_fold(data_dir, test_dir, test, {"SEED": seed, **recipe.get("trainer", {})})
                 known = {row["family"] for row in rows if folds[row["repo"]] != fold}
                 measures = measure_fold(judged, clips, known, both)
                 print(
