@@ -58,9 +58,9 @@ RECIPES = {  # constants of the maker and of the trainer that differ from their 
 # ---- Images and folds
 
 
-def make_images(rows: list[dict], recipe: dict) -> Path:
+def make_images(rows: list[dict], recipe: dict, **changes) -> Path:
     """Make the images of all clips, or find those that were made with these constants before. Returns their data/."""
-    constants, sources = recipe.get("maker", {}), recipe.get("sources", True)
+    constants, sources = {**recipe.get("maker", {}), **changes}, recipe.get("sources", True)
     folder = WORK_DIR.resolve() / f"images-{zlib.crc32(repr((sorted(constants.items()), sources)).encode()):08x}"
     for row in rows:
         repo = row["repo"].replace("/", "_")
@@ -210,7 +210,7 @@ def main() -> None:
                 if any((row["recipe"], row["fold"], row["seed"]) == (name, str(fold), str(seed)) for row in results):
                     continue
                 data_dir = make_images(rows, recipe)
-                test_dir = make_images(rows, {**recipe, "maker": {**recipe.get("maker", {}), "CONDITIONS": CONDITIONS}})
+                test_dir = make_images(rows, recipe, CONDITIONS=CONDITIONS)
                 test = list_test_images([row for row in rows if folds[row["repo"]] == fold], test_dir)
                 judged = run_fold(data_dir, test_dir, test, {"SEED": seed, **recipe.get("trainer", {})})
                 known = {row["family"] for row in rows if folds[row["repo"]] != fold}
