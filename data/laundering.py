@@ -10,8 +10,8 @@ import io
 from typing import Callable, NamedTuple
 
 import numpy as np
+import scipy  # its parts load when they are first used
 from resynthesis import RESYNTHESES
-from scipy.signal import butter, fftconvolve, resample_poly, sosfiltfilt
 
 CODECS = {  # soundfile's (format, subtype)
     "mu-law": ("WAV", "ULAW"),
@@ -59,20 +59,22 @@ def add_reverb(samples: np.ndarray, draw: Draw) -> tuple[np.ndarray, str]:
     response = draw.rng.normal(size=len(time_s)) * 10 ** (-3 * time_s / rt60_s)
     response[0] = np.sqrt(np.sum(response[1:] ** 2)) * 10 ** (direct_db / 20)
     words = f"reverberation, RT60 {rt60_s:.2f} s, direct sound {direct_db:.1f} dB"
-    return fftconvolve(samples, response)[: len(samples)], words
+    return scipy.signal.fftconvolve(samples, response)[: len(samples)], words
 
 
 def resample(samples: np.ndarray, draw: Draw) -> tuple[np.ndarray, str]:
     """Resample to a lower rate and back."""
     lower = int(draw.rate * draw.rng.choice([0.3, 0.375, 0.5, 0.6875]))
-    there_and_back = resample_poly(resample_poly(samples, lower, draw.rate), draw.rate, lower)
+    narrow = scipy.signal.resample_poly(samples, lower, draw.rate)
+    there_and_back = scipy.signal.resample_poly(narrow, draw.rate, lower)
     return np.resize(there_and_back, len(samples)), f"resampled to {lower} Hz and back"
 
 
 def limit_band(samples: np.ndarray, draw: Draw) -> tuple[np.ndarray, str]:
     """Keep a band: Butterworth, order 8, forwards and backwards."""
     low, high = draw.rng.uniform(100, 400), draw.rng.uniform(0.125, 0.22) * draw.rate
-    filtered = sosfiltfilt(butter(8, (low, high), "bandpass", fs=draw.rate, output="sos"), samples)
+    sections = scipy.signal.butter(8, (low, high), "bandpass", fs=draw.rate, output="sos")
+    filtered = scipy.signal.sosfiltfilt(sections, samples)
     return filtered, f"band {low:.0f} to {high:.0f} Hz"
 
 
@@ -95,13 +97,13 @@ def encode(samples: np.ndarray, draw: Draw) -> tuple[np.ndarray, str]:
     usable = [name for name, (container, kind) in CODECS.items() if kind in soundfile.available_subtypes(container)]
     name = str(draw.rng.choice(usable))
     code_rate = 16000 if name in ("Vorbis", "Opus", "MP3") else 8000
-    coded = resample_poly(samples, code_rate, draw.rate) * 0.9
+    coded = scipy.signal.resample_poly(samples, code_rate, draw.rate) * 0.9
     buffer, (container, kind) = io.BytesIO(), CODECS[name]
     quality = {} if container == "WAV" else {"compression_level": draw.rng.uniform(0.5, 1)}
     soundfile.write(buffer, coded, code_rate, kind, format=container, **quality)
     buffer.seek(0)
     coded, _ = soundfile.read(buffer)
-    return np.resize(resample_poly(coded, draw.rate, code_rate), len(samples)), f"{name} at {code_rate} Hz"
+    return np.resize(scipy.signal.resample_poly(coded, draw.rate, code_rate), len(samples)), f"{name} at {code_rate} Hz"
 
 
 LAUNDERING = {

@@ -25,20 +25,17 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
-from PIL import Image, PngImagePlugin
-from scipy.io import wavfile
-from scipy.signal import get_window, resample_poly
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from laundering import LAUNDERING, Draw, launder  # noqa: E402
-from resynthesis import RESYNTHESES, space_frequencies  # noqa: E402
+from pictures import draw_parts, encode_png, fill_up, place_parts, read_notes  # noqa: E402
+from recordings import AUDIO_SUFFIXES, FOREIGN_SUFFIXES, SILENCE, has_soundfile, is_audio, read_audio  # noqa: E402
+from resynthesis import RESYNTHESES  # noqa: E402
 
 from models import runtime  # noqa: E402
 
@@ -70,17 +67,6 @@ FORMAT = (  # settings that shape every image
     *("SECONDS_PER_IMAGE", "IMAGE_SIZE", "GREY_LEVELS"),
 )
 LAUNDERING_SETTINGS = ("SNR_RANGE_DB", "RT60_RANGE_S", "SEED")  # these shape laundered images only
-AUDIO_SUFFIXES = (
-    *(".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd"),
-    *(".caf", ".w64", ".rf64"),
-)
-FOREIGN_SUFFIXES = (  # audio that cannot be read here
-    *(".m4a", ".mp4", ".aac", ".webm", ".wma", ".amr", ".3gp", ".mka", ".mkv", ".mov", ".ac3", ".ra"),
-)
-TEXT_KEY = "spectrogram"  # PNG text chunk that holds the settings
-FRAMES_AT_ONCE = 8192  # the spectra of an hour of audio at once would take 11 GB
-DYNAMIC_RANGE_DB = 80  # what lies further below a recording's peak counts as silence
-SILENCE = 2.5 / 32768  # peak, of full scale: digital silence, or the dither of 16 bits
 LONGEST_NAME = 180  # bytes of a recording's name in the names of its images
 
 
@@ -106,169 +92,6 @@ class Picture(NamedTuple):
     stem: Path  # of the image's path; its parts get _1, _2, ... behind it
 
 
-# ---- Reading
-
-
-def read_audio(path: str, sample_rate: int) -> tuple[np.ndarray, float]:
-    """Read one recording as mono samples at `sample_rate`, its mean removed.
-
-    Returns:
-        float64, shape (samples,), with a peak of 1 before resampling; the peak that it had, 1 being full scale.
-
-    Raises:
-        ValueError: the file holds no sound, or cannot be decoded.
-    """
-    samples, file_rate = decode_audio(path)
-    if file_rate <= 0:
-        raise ValueError("its header gives a sample rate of 0")
-    if not len(samples):
-        raise ValueError("it holds no samples (or its header promises none)")
-    if not np.isfinite(samples).all():
-        raise ValueError("it holds samples that are not finite")
-    mono = mix_channels(samples)
-    mono -= mono.mean()
-    peak = np.abs(mono).max()
-    if peak <= SILENCE:
-        raise ValueError("it holds nothing but silence")
-    if file_rate != sample_rate:
-        mono = resample_poly(mono, sample_rate, file_rate)
-    return mono / peak, peak
-
-
-def decode_audio(path: str) -> tuple[np.ndarray, int]:
-    """Decode a file by its content: float64, shape (samples, channels), full scale 1; Hz.
-
-    Raises:
-        ValueError: it cannot be decoded.
-    """
-    if find_spec("soundfile"):
-        import soundfile
-
-        try:
-            return soundfile.read(os.fsencode(path), always_2d=True)
-        except soundfile.LibsndfileError as error:
-            if "SF_INFO" in str(error):
-                raise ValueError("its header is invalid (a sample rate of 0?)") from None
-            raise ValueError(f"it cannot be decoded ({error.error_string.rstrip('.')})") from None
-    with open(path, "rb") as file:
-        if file.read(4) not in (b"RIFF", b"RIFX"):
-            raise ValueError("it needs the package soundfile")
-    try:
-        rate, samples = wavfile.read(path)
-    except Exception as error:  # scipy raises many kinds on damaged or compressed files
-        raise ValueError(f"scipy cannot decode it ({error}); the package soundfile may") from None
-    samples = samples.reshape(len(samples), -1)
-    if samples.dtype == np.uint8:
-        return (samples - 128.0) / 128, rate
-    return samples / (1.0 if samples.dtype.kind == "f" else -float(np.iinfo(samples.dtype).min)), rate
-
-
-def mix_channels(samples: np.ndarray) -> np.ndarray:
-    """Mix channels, shape (samples, channels), to mono: their mean, or the loudest where they cancel each other."""
-    power = np.mean(np.square(samples - samples.mean(axis=0)), axis=0)
-    mono = samples[:, power >= power.max() / 1e4].mean(axis=1)
-    return samples[:, power.argmax()].copy() if np.var(mono) < power.max() / 10 else mono
-
-
-# ---- Pictures
-
-
-def fill_up(samples: np.ndarray, length: int) -> np.ndarray:
-    """Repeat a short recording, from a starting point of its own, until it is `length` samples long.
-
-    Silence or a constant would show how long the recording was, and so would a seam that stands at
-    the same place in every picture: the starting point is drawn from the number of samples.
-    """
-    if len(samples) >= length:
-        return samples
-    start = np.random.default_rng(len(samples)).integers(len(samples))
-    return np.resize(np.roll(samples, -start), length)
-
-
-@cache
-def weigh_bins(range_hz: tuple[float, float], rows: int, scale: str, fft_length: int, rate: int) -> np.ndarray:
-    """Weigh the bins of a spectrum for each row of a picture: float64, shape (fft_length // 2 + 1, rows)."""
-    rows_bin = space_frequencies(*range_hz, rows, scale) * fft_length / rate
-    reach = np.maximum(np.gradient(rows_bin), 1)  # a triangle up to the next rows, or else between two bins
-    weights = np.maximum(0, 1 - np.abs(np.arange(fft_length // 2 + 1)[:, None] - rows_bin) / reach)
-    return weights / weights.sum(axis=0)
-
-
-def compute_levels(samples: np.ndarray, settings: dict) -> np.ndarray:
-    """Compute the levels of a recording's spectrogram, each frequency's mean over time removed.
-
-    Args:
-        samples: float64, shape (samples,), at SAMPLE_RATE.
-
-    Returns:
-        float64 in dB, shape (IMAGE_SIZE, windows), row 0 the lowest frequency.
-    """
-    rate = settings["SAMPLE_RATE"]
-    window_length, hop = round(settings["WINDOW_S"] * rate), round(settings["HOP_S"] * rate)
-    fft_length = 2 ** int(np.ceil(np.log2(2 * window_length)))
-    frames = np.lib.stride_tricks.sliding_window_view(samples, window_length)[::hop]
-    window = get_window("hann", window_length)
-    range_hz, size, scale = tuple(settings["FREQUENCY_RANGE_HZ"]), settings["IMAGE_SIZE"], settings["FREQUENCY_SCALE"]
-    weights = weigh_bins(range_hz, size, scale, fft_length, rate)
-    blocks = np.array_split(frames, -(-len(frames) // FRAMES_AT_ONCE))
-    power = np.concatenate([np.abs(np.fft.rfft(block * window, fft_length)) ** 2 @ weights for block in blocks])
-    level_db = 10 * np.log10(np.maximum(power, power.max() * 10 ** (-DYNAMIC_RANGE_DB / 10)))
-    return (level_db - level_db.mean(axis=0)).T
-
-
-def place_parts(length: int, settings: dict) -> tuple[int, list[int]]:
-    """Place pictures of equal duration evenly from a recording's start to its end.
-
-    Neighbours overlap where the length is not a multiple, but a rest under a quarter of a picture is left out.
-
-    Args:
-        length: samples of the recording.
-
-    Returns:
-        The samples of one picture, and where each begins, in windows.
-    """
-    rate, hop = settings["SAMPLE_RATE"], round(settings["HOP_S"] * settings["SAMPLE_RATE"])
-    width = round(settings["SECONDS_PER_IMAGE"] / settings["HOP_S"])
-    duration = round(settings["WINDOW_S"] * rate) + (width - 1) * hop
-    windows = (max(length, duration) - duration) // hop + width
-    count = max(1, int(np.ceil(windows / width - 0.25)))
-    return duration, np.linspace(0, windows - width, count).astype(int).tolist()
-
-
-def draw_parts(samples: np.ndarray, starts: list[int], settings: dict) -> list[np.ndarray]:
-    """Draw pictures of a recording.
-
-    Args:
-        samples: float64, at least as long as one picture; starts: in windows, as `place_parts` returns them.
-
-    Returns:
-        uint8 arrays, shape (IMAGE_SIZE, IMAGE_SIZE), values below GREY_LEVELS, highest frequency on top.
-    """
-    size, width = settings["IMAGE_SIZE"], round(settings["SECONDS_PER_IMAGE"] / settings["HOP_S"])
-    darkest, brightest = settings["DB_RANGE"]
-    shades = np.clip((compute_levels(samples, settings) - darkest) / (brightest - darkest), 0, 1)
-    parts = []
-    for start in starts:
-        part = shades[::-1, start : start + width]
-        if width != size:
-            part = np.asarray(Image.fromarray(part.astype(np.float32)).resize((size, size), Image.BILINEAR))
-        parts.append(np.round(part * (settings["GREY_LEVELS"] - 1)).astype(np.uint8))
-    return parts
-
-
-def encode_png(part: np.ndarray, settings: dict, notes: dict) -> bytes:
-    """Encode one picture as a palette PNG that carries its settings, and notes of how it was made."""
-    image = Image.frombytes("P", part.shape[::-1], part.tobytes())
-    palette = colormaps["magma"](np.linspace(0, 1, settings["GREY_LEVELS"]), bytes=True)[:, :3]
-    image.putpalette(palette.tobytes())
-    info = PngImagePlugin.PngInfo()
-    stored = {name.lower(): value for name, value in settings.items()}
-    info.add_text(TEXT_KEY, json.dumps({"settings": stored, **notes}))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True, pnginfo=info)
-    return buffer.getvalue()
-
-
 # ---- Recordings and names
 
 
@@ -291,18 +114,6 @@ def find_recordings(folder: Path, kind: str) -> tuple[list[Recording], list[str]
         else:
             ignored[suffix or "without a suffix"] += 1
     return recordings, problems, ignored
-
-
-def is_audio(path: str) -> bool:
-    """Tell by a file's content whether it is audio that can be read."""
-    if not find_spec("soundfile"):
-        return False
-    import soundfile
-
-    try:
-        return soundfile.info(os.fsencode(path)).frames > 0
-    except (soundfile.LibsndfileError, OSError):
-        return False
 
 
 def name_recording(path: str, folder: Path, kind: str) -> Recording:
@@ -371,16 +182,6 @@ def choose_settings(settings: dict, condition: str) -> dict:
 def checksum_file(path: str) -> int:
     """Compute the CRC-32 of a file's content."""
     return zlib.crc32(Path(path).read_bytes())
-
-
-def read_notes(path: Path) -> Optional[dict]:
-    """Read what the maker stored in an image; None: it is not the maker's."""
-    try:
-        with Image.open(path) as image:
-            notes = json.loads(image.text[TEXT_KEY])
-        return notes if {"settings", "parts"} <= notes.keys() else None
-    except (OSError, KeyError, ValueError, TypeError, AttributeError):
-        return None
 
 
 def find_finished(folders: set[Path], pictures: list[Picture], settings: dict) -> set[Path]:
@@ -586,7 +387,7 @@ def choose_conditions(settings: dict) -> tuple[dict[str, list[str]], list[str]]:
     """Choose the copies to make, as `plan_pictures` takes them; without soundfile, a line for what needs it."""
     conditions, fakes = (list(dict.fromkeys(settings[name])) for name in ("CONDITIONS", "FAKES"))
     problems = []
-    if not find_spec("soundfile"):
+    if not has_soundfile():
         lacking = [condition for condition in (*conditions, *fakes) if "codec" in condition]
         if lacking:
             problems.append(f"condition {', '.join(lacking)}: codecs need soundfile: pip install soundfile")
@@ -623,7 +424,7 @@ def main() -> int:
     if not recordings:
         hint = f"put genuine recordings into {audio_dir / 'original'}, fakes into {audio_dir / 'deepfake'}, "
         raise ValueError("; ".join([*problems, f"no audio: {hint}and those to judge into {audio_dir / 'unknown'}"]))
-    if not find_spec("soundfile"):
+    if not has_soundfile():
         others = sum(not recording.path.lower().endswith((".wav", ".wave")) for recording in recordings)
         print(f"soundfile is not installed (pip install soundfile): {others:,} files that are not WAV need it")
     conditions, missing = choose_conditions(settings)

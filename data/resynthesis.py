@@ -9,9 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from scipy.linalg import solve_toeplitz
-from scipy.ndimage import map_coordinates, uniform_filter1d
-from scipy.signal import istft, lfilter, medfilt, stft
+import scipy  # its parts load when they are first used
 
 
 def space_frequencies(low: float, high: float, count: int, scale: str) -> np.ndarray:
@@ -24,8 +22,8 @@ def space_frequencies(low: float, high: float, count: int, scale: str) -> np.nda
 def invert_mel_spectrogram(samples: np.ndarray, rate: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
     """Keep only a mel spectrogram and estimate the phases: Griffin and Lim, 1984, sped up as Perraudin et al., 2013."""
     length, bands, rounds = int(rng.choice([512, 1024])), int(rng.integers(40, 110)), int(rng.choice([3, 8, 20, 40]))
-    to_frames = partial(stft, fs=rate, nperseg=length, noverlap=3 * length // 4)
-    to_samples = partial(istft, fs=rate, nperseg=length, noverlap=3 * length // 4)
+    to_frames = partial(scipy.signal.stft, fs=rate, nperseg=length, noverlap=3 * length // 4)
+    to_samples = partial(scipy.signal.istft, fs=rate, nperseg=length, noverlap=3 * length // 4)
     frequencies, _, frames = to_frames(samples)
     edges = space_frequencies(40, rate / 2, bands + 2, "mel")
     rising = (frequencies - edges[:-2, None]) / np.diff(edges)[:-1, None]
@@ -51,7 +49,7 @@ def track_pitch(samples: np.ndarray, rate: int, hop: int) -> tuple[np.ndarray, n
     correlation /= np.maximum(correlation[:, :1], 1e-9)
     correlation = correlation[:-1] / np.maximum(correlation[-1], 0.05)
     lags = correlation[:, shortest:longest].argmax(1) + shortest
-    return medfilt(rate / lags, 5), medfilt(correlation[np.arange(len(lags)), lags], 3)
+    return scipy.signal.medfilt(rate / lags, 5), scipy.signal.medfilt(correlation[np.arange(len(lags)), lags], 3)
 
 
 def predict_linearly(samples: np.ndarray, rate: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
@@ -70,11 +68,11 @@ def predict_linearly(samples: np.ndarray, rate: int, rng: np.random.Generator) -
         frame = padded[number * hop : number * hop + length] * window
         lags = np.correlate(frame, frame, "full")[length - 1 : length + order]
         lags[0] = lags[0] * 1.0001 + 1e-9
-        prediction = solve_toeplitz(lags[:-1], lags[1:])
+        prediction = scipy.linalg.solve_toeplitz(lags[:-1], lags[1:])
         loudness = 0.5 * loudness + 0.5 * np.sqrt(max(lags[0] - prediction @ lags[1:], 0) / np.sum(window**2))
         noise_fraction = breath if periodic[number] > voiced_from else 1
         source = pulses[span] * (1 - noise_fraction) + noise[span] * noise_fraction
-        made[span], memory = lfilter([loudness], np.r_[1, -prediction], source, zi=memory)
+        made[span], memory = scipy.signal.lfilter([loudness], np.r_[1, -prediction], source, zi=memory)
     return made, f"linear prediction of order {order}"
 
 
@@ -84,7 +82,7 @@ def add_harmonics_and_noise(samples: np.ndarray, rate: int, rng: np.random.Gener
     smoothness, border, breath = int(rng.integers(20, 50)), rng.uniform(1500, 4500), rng.uniform(0.02, 0.25)
     pitch, periodic = track_pitch(samples, rate, hop)
     pitch = np.exp(np.convolve(np.log(pitch), np.ones(5) / 5, "same"))
-    transform = partial(stft, fs=rate, nperseg=length, noverlap=length - hop)
+    transform = partial(scipy.signal.stft, fs=rate, nperseg=length, noverlap=length - hop)
     frequencies, times, frames = transform(samples)
     cepstrum = np.fft.irfft(np.log(np.abs(frames) + 1e-6), axis=0)
     cepstrum[smoothness:-smoothness] = 0
@@ -95,14 +93,14 @@ def add_harmonics_and_noise(samples: np.ndarray, rate: int, rng: np.random.Gener
     phase, made = 2 * np.pi * np.cumsum(steady) / rate, np.zeros(len(samples))
     for number in range(1, int(min(border, rate / 2) / pitch.min()) + 1):
         bins = [pitch * number * length / rate, np.minimum(np.arange(len(pitch)), envelope.shape[1] - 1)]
-        level = map_coordinates(envelope, bins, order=1, mode="nearest") * (pitch * number < border)
+        level = scipy.ndimage.map_coordinates(envelope, bins, order=1, mode="nearest") * (pitch * number < border)
         made += 2 * np.interp(time, hops, level) * voiced * np.cos(number * phase)
     noise = transform(rng.normal(size=len(samples)))[2]
     quiet = (frequencies[:, None] < border) & (np.interp(times * rate, time, voiced) > 0.5)
     noise *= envelope / np.abs(noise).mean() * np.where(quiet, breath, 1)
-    hiss = istft(noise, fs=rate, nperseg=length, noverlap=length - hop)[1]
+    hiss = scipy.signal.istft(noise, fs=rate, nperseg=length, noverlap=length - hop)[1]
     made += np.resize(hiss, len(samples))
-    loudness, now = (uniform_filter1d(values**2, rate // 50) for values in (samples, made))
+    loudness, now = (scipy.ndimage.uniform_filter1d(values**2, rate // 50) for values in (samples, made))
     made *= np.sqrt(np.maximum(loudness, 0) / np.maximum(now, 1e-12))
     return made, f"harmonics up to {border:.0f} Hz plus noise, {smoothness} cepstral values"
 

@@ -4,9 +4,9 @@ import json
 import re
 
 import laundering
-import make_spectrograms as maker
 import numpy as np
 import pytest
+import recordings
 import resynthesis
 from conftest import MAKER, assert_refused, run
 from PIL import Image
@@ -20,7 +20,7 @@ SEEDS = range(8)
 
 def draw(seed, others=()):
     rng = np.random.default_rng(seed)
-    return laundering.Draw(RATE, rng, SETTINGS, others, lambda path: maker.read_audio(path, RATE)[0])
+    return laundering.Draw(RATE, rng, SETTINGS, others, lambda path: recordings.read_audio(path, RATE)[0])
 
 
 def make_voice(seed=0, seconds=2.0):

@@ -7,9 +7,11 @@ import shutil
 import zlib
 from functools import partial
 
-import make_spectrograms as maker
 import numpy as np
+import pictures
 import pytest
+import recordings
+import resynthesis
 import soundfile
 from conftest import MAKER, assert_refused, read_csv, run, run_process, write_csv
 from PIL import Image
@@ -31,12 +33,12 @@ CLEAN = {"CONDITIONS": ("clean",)}
 
 def cut(samples, settings=SETTINGS):
     """The pictures of a recording."""
-    duration, starts = maker.place_parts(len(samples), settings)
-    return maker.draw_parts(maker.fill_up(samples, duration), starts, settings)
+    duration, starts = pictures.place_parts(len(samples), settings)
+    return pictures.draw_parts(pictures.fill_up(samples, duration), starts, settings)
 
 
 def read_mono(path):
-    return maker.read_audio(path, 16000)[0]
+    return recordings.read_audio(path, 16000)[0]
 
 
 def make_tone(frequency, seconds, rate=16000, gap=0.5):
@@ -54,7 +56,7 @@ def write_wav(path, samples, rate=16000, kind=np.int16):
 
 
 def test_tone_between_two_rows_is_seen_like_one_in_a_row():
-    rows = maker.space_frequencies(60, 7900, 224, "linear")
+    rows = resynthesis.space_frequencies(60, 7900, 224, "linear")
     brightest = []
     for frequency in (rows[210], (rows[210] + rows[211]) / 2):
         (part,) = cut(make_tone(frequency, 1.9))
@@ -157,7 +159,7 @@ def test_broken_files_are_named_and_passed(tmp_path):
 def test_long_recordings_in_blocks_give_the_same_picture(monkeypatch):
     samples = make_tone(1000, 8.0)
     whole = np.stack(cut(samples))
-    monkeypatch.setattr(maker, "FRAMES_AT_ONCE", 100)
+    monkeypatch.setattr(pictures, "FRAMES_AT_ONCE", 100)
     assert (np.stack(cut(samples)) != whole).mean() < 1e-4
 
 
