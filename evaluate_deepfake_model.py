@@ -25,27 +25,25 @@ import json
 import math
 import os
 import sys
-import textwrap
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import fuse_conv_bn_eval
-from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm
 
-from models import detector, report, runtime
-from models.detector import CLASSES, Detector, decide, name_recording, name_verdicts, read_image, take_fingerprint
-from models.metrics import estimate_intervals, measure
-from models.report import FEW_ROWS, REPORT_ORDER, format_rate
+from models import figures, report, runtime
+from models.checks import UNLIKE_FRACTION, check_format, check_seen, format_checks
+from models.detector import Detector, fuse_norms, load_detector, name_verdicts, to_scores
+from models.images import read_image, read_span, take_fingerprint, to_input
+from models.metrics import REPORT_ORDER, measure, measure_conditions, measure_table
 from models.runtime import Compute, Team, write_file
+from models.tables import OUTPUTS, Job, find_columns, name_recording, read_jobs, write_predictions
 
 if TYPE_CHECKING:
     import pandas
@@ -78,57 +76,6 @@ RULES = {
     "WORKERS": runtime.or_none(runtime.whole_number(0)),
     "PRECISION": runtime.one_of("auto", "float32"),
 }
-LABELS = {  # what actual_output may say, without regard to case and surrounding blanks
-    "Deepfake": ("deepfake", "spoof", "fake"),
-    "Original": ("original", "bonafide", "bona fide", "bona-fide", "real", "genuine"),
-}
-BLANK_LABELS = ("", "nan", "none")
-METRICS = {  # name in the summary: how the report calls and writes it; models/metrics.py computes them
-    "eer": ("Equal error rate (EER)", "rate"),
-    "accuracy": ("Accuracy", "rate"),
-    "half_total_error": ("Half total error, decision threshold", "rate"),
-    "misses": ("  originals flagged as deepfake", "rate"),
-    "false_alarms": ("  deepfakes passing as original", "rate"),
-    "eer_by_recording": ("EER by recording", "rate"),
-    "roc_auc": ("Area under the ROC curve", "number"),
-    "min_dcf": ("minDCF (costs of ASVspoof 5)", "number"),
-    "act_dcf": ("actDCF", "number"),
-    "cllr": ("Cllr, bits (1: no information)", "number"),
-    "ece": ("Expected calibration error", "number"),
-}
-OUTPUTS = (  # <name>_<output> beside <name>.csv
-    *("scores.tsv", "key.tsv", "recordings.csv", "timeline.png", "report.txt", "report.html"),
-    *("curves.png", "conditions.png", "mistakes.png"),
-)
-FORMAT_SAMPLE = 200  # images of a CSV that the format check looks at
-UNLIKE_FRACTION = 0.2  # so many of them may be rendered unlike the training images before it warns
-UNLIKE_SHIFT = 3  # Mahalanobis distance of their mean, likewise
-UNLIKE_FEW = 1.5  # median distance of fewer than five images, in units of what 99 % of validation's keep, likewise
-BARE_FACTS = {  # assumed where a file holds weights only
-    "classes": list(CLASSES),
-    "image_size": 224,
-    "mean": list(detector.IMAGENET_MEAN),
-    "std": list(detector.IMAGENET_STD),
-    "calibration": {"scale": 1.0, "offset": 0.0},
-    "recording_pattern": r"^([^/]+?)__[^/]*$",
-}
-
-
-class Job(NamedTuple):
-    """One CSV to judge."""
-
-    path: Path
-    name: str  # on the screen and in the summary
-    base: Path  # IMG_BASE_PATH
-    before: bytes  # what the file held when it was read
-    rows: list[list[str]]  # as they stand in it, header first
-    delimiter: str
-    images: dict[int, str]  # row number -> absolute path of its image; rows that are blank lines are missing
-    labels: Optional[dict[int, str]]  # row number -> class; rows with a blank label are missing; None: no such column
-
-    def name_output(self, what: str) -> Path:
-        """Name a file that belongs to this CSV: its stem, then `what`."""
-        return self.path.with_name(self.path.stem + what)
 
 
 class Scores(NamedTuple):
@@ -138,195 +85,6 @@ class Scores(NamedTuple):
     llr: dict[str, float]  # calibrated log-likelihood ratio, higher = more bona fide
     fingerprints: dict[str, int]
     unreadable: dict[str, str]  # the reasons why
-
-
-# ---- CSV
-
-
-def read_jobs(paths: list[Path], names: list[str], base: Path, encoding: str) -> tuple[list[Job], int]:
-    """Read all CSVs; name those that cannot be used. Returns the usable ones and the number of others.
-
-    Args:
-        names: how to call each on the screen.
-
-    Raises:
-        ValueError: none can be used, two would write the same report, or a report would overwrite an input.
-    """
-    jobs, reasons = [], []
-    for path, name in dict(zip(paths, names)).items():
-        try:
-            jobs.append(read_job(path, name, base, encoding))
-        except (ValueError, OSError) as error:
-            reasons.append(str(error))
-    outputs = {}
-    for job in jobs:
-        other = outputs.setdefault(job.path.with_suffix(""), job.path)
-        if other != job.path:
-            raise ValueError(f"{other} and {job.path} would write the same report: rename one")
-    if not jobs:
-        raise ValueError("; ".join(reasons) or "CSV_FILES is empty")
-    inputs = {os.path.realpath(path) for job in jobs for path in (job.path, *job.images.values())}
-    for job in jobs:
-        for what in (".predicted.csv", ".png", *(f"_{name}" for name in OUTPUTS)):
-            if os.path.realpath(path := job.name_output(what)) in inputs:
-                raise ValueError(f"the report on {job.path} would overwrite {path}, which is an input: rename one")
-    for reason in reasons:
-        print(f"left out: {reason}", file=sys.stderr)
-    return jobs, len(reasons)
-
-
-def read_job(path: Path, name: str, base: Path, encoding: str) -> Job:
-    """Read one CSV and check all of it before any image is read.
-
-    Raises:
-        ValueError: the file is missing, or not a CSV with a column img_path; a row has more cells than the header; a
-            label is unknown; the file or what belongs to it cannot be written.
-    """
-    if not path.is_file():
-        raise ValueError(f"CSV not found: {path}")
-    check_writable(path)
-    before = path.read_bytes()
-    rows, delimiter = detector.parse_table(before, path, encoding)
-    columns, names = detector.find_columns(rows[0]), [cell.strip(" ") for cell in rows[0]]
-    for column in ("img_path", "actual_output", "predicted_output", "deepfake_score"):
-        if names.count(column) > 1:
-            raise ValueError(f"{path} has {names.count(column)} columns named {column}")
-    job = Job(path, name, base, before, rows, delimiter, {}, {} if "actual_output" in columns else None)
-    for number, row in enumerate(rows[1:], 2):
-        if not any(cell.strip() for cell in row):
-            continue
-        if any(cell.strip() for cell in row[len(names) :]):
-            raise ValueError(f"{path}, row {number}: {len(row)} cells, but the header has {len(names)}")
-        cells = row + [""] * (len(names) - len(row))
-        cell = cells[columns["img_path"]]
-        job.images[number] = detector.resolve_image(base, cell) if cell.strip() else ""
-        if job.labels is not None and (label := parse_label(cells[columns["actual_output"]], path, number)):
-            job.labels[number] = label
-    return job
-
-
-def check_writable(path: Path) -> None:
-    """Raise ValueError if a CSV or what belongs to it cannot be written: better now than after hours."""
-    if len(os.fsencode(f"{path.stem}_recordings.csv")) > 250:
-        raise ValueError(f"{path}: the name is too long for the files that belong to it: rename it")
-    path = Path(os.path.realpath(path))
-    for entry in (path, path.parent):
-        bits_tell = os.name != "nt" or entry.is_file()  # on Windows a folder's read-only bit means something else
-        if not os.access(entry, os.W_OK) or (bits_tell and not entry.stat().st_mode & 0o222):
-            raise ValueError(f"{entry} is read-only, so that predictions cannot be written")
-
-
-def parse_label(cell: str, path: Path, row: int) -> str:
-    """Parse a label: a class, or "" for a blank one.
-
-    Raises:
-        ValueError: the label is unknown.
-    """
-    word = " ".join(cell.lower().split())
-    if word in BLANK_LABELS:
-        return ""
-    for name, words in LABELS.items():
-        if word in words:
-            return name
-    allowed = ", ".join(word for words in LABELS.values() for word in words)
-    raise ValueError(f"{path}, row {row}: unknown actual_output {cell!r} (allowed: {allowed}, or blank)")
-
-
-def format_table(rows: list[list[str]], delimiter: str, before: bytes, encoding: str) -> bytes:
-    """Write rows as CSV with the BOM, line endings and end of file that the file had before."""
-    text = before.decode(encoding)
-    line_end = text.find("\n")
-    newline = "\r\n" if text[line_end - 1 : line_end] == "\r" else "\n"
-    if line_end < 0 and "\r" in text:
-        newline = "\r"
-    lines = []  # before Python 3.13 a lone line break in a cell is quoted only where the terminator holds it
-    csv.writer(SimpleNamespace(write=lines.append), delimiter=delimiter, lineterminator="\r\n").writerows(rows)
-    after = "".join(line.removesuffix("\r\n") + newline for line in lines)
-    if not text.endswith(("\n", "\r")):
-        after = after[: -len(newline)]
-    return ((text[:1] if text.startswith("\ufeff") else "") + after).encode(encoding)
-
-
-def write_predictions(job: Job, llr: dict[str, float], encoding: str) -> tuple[Path, bytes]:
-    """Write predicted_output and deepfake_score back into the CSV; every other cell keeps its text.
-
-    A CSV that was changed since it was read is left alone, and <name>.predicted.csv written instead.
-
-    Args:
-        llr: {path: log-likelihood ratio}; rows of other paths stay blank.
-
-    Returns:
-        The file that was written, and its content.
-    """
-    values = np.array(list(llr.values()))
-    cells = {path: pair for path, *pair in zip(llr, name_verdicts(values), detector.to_scores(values).tolist())}
-    header = list(job.rows[0])
-    header += [name for name in ("predicted_output", "deepfake_score") if name not in detector.find_columns(header)]
-    columns, rows = detector.find_columns(header), [header]
-    for number, row in enumerate(job.rows[1:], 2):
-        if number in job.images:
-            row = row[: len(job.rows[0])]  # surplus blanks
-            row += [""] * (len(header) - len(row))
-            verdict, score = cells.get(job.images[number], ("", None))
-            row[columns["predicted_output"]] = verdict
-            row[columns["deepfake_score"]] = "" if score is None else f"{score:.6f}"
-        rows.append(row)
-    content, path = format_table(rows, job.delimiter, job.before, encoding), job.path
-    if not path.is_file() or path.read_bytes() != job.before:
-        path = job.name_output(".predicted.csv")
-        print(f"{job.path} was changed during this run, and is left so: see {path}", file=sys.stderr)
-    try:
-        write_file(path, content)
-    except PermissionError as error:  # on Windows: it is open in another program
-        path = job.name_output(".predicted.csv")
-        print(f"{job.path} cannot be written ({error.strerror}), and is left as it is: see {path}", file=sys.stderr)
-        write_file(path, content)
-    return path, content
-
-
-# ---- Model
-
-
-def load_detector(path: Path) -> Detector:
-    """Rebuild a detector from a checkpoint, or from a bare state_dict, without running any code in it.
-
-    Raises:
-        ValueError: the file is missing, damaged, or not a two-class ResNet-18.
-    """
-    if not path.is_file():
-        raise ValueError(f"MODEL_PATH: file not found: {path} (train_deepfake_detector.py makes it)")
-    try:
-        facts = detector.load_content(path)
-        if "format" not in facts:
-            print(
-                f"Warning: {path.name} holds weights only; assumed: classes {', '.join(CLASSES)}, image size "
-                f"{BARE_FACTS['image_size']}, ImageNet's mean and deviation, no calibration"
-            )
-            facts = {
-                "state_dict": detector.find_weights(facts, path),
-                **BARE_FACTS,
-                "format": detector.CHECKPOINT_FORMAT,
-            }
-        if facts["format"] != detector.CHECKPOINT_FORMAT:
-            raise ValueError(f"{path} has format {facts['format']}; this script reads {detector.CHECKPOINT_FORMAT}")
-        missing = [name for name in BARE_FACTS if name not in facts]
-        if missing or sorted(facts["classes"]) != sorted(CLASSES):
-            raise ValueError(f"{path} lacks {', '.join(missing) or 'the classes ' + str(CLASSES)}")
-        return Detector(detector.build_model(detector.find_weights(facts, path), path), facts)
-    except ValueError as error:
-        raise ValueError(f"MODEL_PATH: {error}") from None
-
-
-def fuse_norms(model: nn.Module) -> nn.Module:
-    """Fold each batch norm of a ResNet-18 into the convolution before it: the same outputs, a seventh faster."""
-    for block in (model, *(part for part in model.modules() if isinstance(part, BasicBlock))):
-        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
-            if hasattr(block, conv):
-                setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
-                setattr(block, norm, nn.Identity())
-        if getattr(block, "downsample", None):
-            block.downsample = fuse_conv_bn_eval(*block.downsample)
-    return model
 
 
 # ---- Scores
@@ -373,7 +131,7 @@ def score_images(paths: list[str], model: Detector, compute: Compute, settings: 
     with tqdm(total=len(paths), desc="Judging images", unit=" images", disable=None) as progress:
         for batch in read_batches(paths, facts["image_size"], settings["BATCH_SIZE"], threads, ahead):
             pixels = torch.stack([blank if pixels is None else pixels for pixels, *_ in batch])
-            inputs = detector.to_input(pixels.to(compute.device).float(), facts["mean"], facts["std"], white=255)
+            inputs = to_input(pixels.to(compute.device).float(), facts["mean"], facts["std"], white=255)
             with compute.autocast():
                 features = network(inputs)
             logits = head(features.float())
@@ -409,7 +167,7 @@ def choose_rows(job: Job, scores: Scores, facts: dict, report_by: tuple[str, ...
     """
     import pandas
 
-    columns = detector.find_columns(job.rows[0])
+    columns = find_columns(job.rows[0])
     columns = {name: columns[name] for name in report_by if name in columns}
     table = []
     for number, path in job.images.items():
@@ -426,50 +184,6 @@ def choose_rows(job: Job, scores: Scores, facts: dict, report_by: tuple[str, ...
     table = pandas.DataFrame(table, columns=[*columns, "path", "recording", "label", "llr", "margin"])
     table["is_fake"] = table["label"] == "Deepfake"
     return table
-
-
-def measure_table(table: pandas.DataFrame) -> dict:
-    """Measure rows: numbers, intervals, and how many rows and recordings are behind them."""
-    llr, is_fake = table["llr"].to_numpy(float), table["is_fake"].to_numpy(bool)
-    measures = {"rows_measured": len(table), "recordings": int(table["recording"].nunique()), **measure(llr, is_fake)}
-    measures["intervals_95"] = estimate_intervals(llr, is_fake, table["recording"].tolist())
-    reasons = []
-    if is_fake.all() or not is_fake.any():
-        reasons.append(f"metrics that need both classes: all labels are {table['label'].iloc[0]}")
-    elif not measures["intervals_95"]:
-        reasons.append("intervals need two recordings of each class")
-    if measures["cllr"] is None and not reasons:
-        reasons.append("Cllr: a score is infinite")
-    return {**measures, "not_computed": reasons}
-
-
-def measure_conditions(table: pandas.DataFrame, columns: tuple[str, ...]) -> list[dict]:
-    """Measure by each value of some columns, the worst first; a value of one class against all rows of the other."""
-    import pandas
-
-    parts = []
-    for column in columns:
-        if column not in table or table[column].nunique() < 2:
-            continue
-        for value, part in table.groupby(column):
-            measured = part
-            if part["is_fake"].nunique() == 1:
-                others = table[table["is_fake"] != part["is_fake"].iloc[0]]
-                measured = pandas.concat([part, others])
-            measures = measure_table(measured)
-            parts.append(
-                {
-                    "column": column,
-                    "value": value,
-                    "rows": len(part),
-                    "recordings": int(part["recording"].nunique()),
-                    "classes": " and ".join(name for name in REPORT_ORDER if (part["label"] == name).any()),
-                    "eer": measures["eer"],
-                    "eer_interval_95": measures["intervals_95"].get("eer"),
-                    "accuracy": float((decide(part["llr"].to_numpy(float)) == part["is_fake"].to_numpy(bool)).mean()),
-                }
-            )
-    return sorted(parts, key=lambda part: (columns.index(part["column"]), -(part["eer"] or 0)))
 
 
 def merge_recordings(table: pandas.DataFrame, columns: tuple[str, ...]) -> pandas.DataFrame:
@@ -496,7 +210,7 @@ def describe_recordings(merged: pandas.DataFrame, unlike: set[str], facts: dict)
     beyond = facts.get("validation_scores")
     table = merged.drop(columns=["is_fake", "paths"])
     table = table.rename(columns={"label": "actual_output", "verdict": "predicted_output"})
-    table["deepfake_score"] = detector.to_scores(table["llr"].to_numpy(float))
+    table["deepfake_score"] = to_scores(table["llr"].to_numpy(float))
     table["seconds"] = [count_seconds(paths) for paths in merged["paths"]]
     for name, label, side in (("originals_below", "Original", 1), ("deepfakes_above", "Deepfake", -1)):
         values = beyond[label].numpy() * side if beyond else None
@@ -508,7 +222,7 @@ def describe_recordings(merged: pandas.DataFrame, unlike: set[str], facts: dict)
 
 def count_seconds(paths: list[str]) -> Optional[float]:
     """Count the seconds of a recording that its images show; None where the images do not say."""
-    spans = [report.read_span(path) for path in paths]
+    spans = [read_span(path) for path in paths]
     if None in spans:
         return None
     total, end = 0.0, 0.0
@@ -517,164 +231,12 @@ def count_seconds(paths: list[str]) -> Optional[float]:
     return round(total, 2)
 
 
-# ---- Checks
-
-
-def check_seen(table: pandas.DataFrame, facts: dict, fingerprints: dict[str, int]) -> Optional[dict]:
-    """Count the rows that were trained or validated on, as image or as another image of a recording; measure the rest.
-
-    Returns:
-        None where the checkpoint does not say what it has seen.
-    """
-    if "seen_images" not in facts:
-        return None
-    images, recordings = (set(facts[name].tolist()) for name in ("seen_images", "seen_recordings"))
-    as_image = np.array([fingerprints[path] in images for path in table["path"]])
-    as_recording = np.array([take_fingerprint(name.encode()) in recordings for name in table["recording"]])
-    rest = table[~(as_image | as_recording)]
-    return {
-        "rows_as_image": int(as_image.sum()),
-        "rows_as_recording": int((as_recording & ~as_image).sum()),
-        "without_them": measure_table(rest) if 0 < len(rest) < len(table) and rest["label"].all() else None,
-    }
-
-
-def check_format(paths: list[str], facts: dict) -> tuple[Optional[dict], set[str]]:
-    """Check, on a sample of readable images, whether they were rendered as the training images were.
-
-    Returns:
-        The fraction that lies further from the training images than 99 % of the validation images do, how far their
-        mean does, what differs most, in standard deviations, and a warning or ""; None where the checkpoint does not
-        say how the training images were rendered. The images that lie further.
-    """
-    chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(FORMAT_SAMPLE, len(paths))).astype(int)]
-    found = None
-    if chosen and "appearance" in facts:
-        pixels = torch.stack([read_image(path, facts["image_size"]) for path in chosen])
-        found = detector.compare_rendering(pixels, facts["appearance"])
-    if found is None:
-        return None, set()
-    fraction = float((found.distances > 1).mean())
-    few = len(chosen) < 5  # one in a hundred lies beyond by chance: few images have to lie far beyond
-    is_unlike = np.median(found.distances) > UNLIKE_FEW if few else fraction > UNLIKE_FRACTION
-    warning = ""
-    if is_unlike or found.shift > UNLIKE_SHIFT:
-        largest = "; ".join(f"{name} {difference:+.1f}" for name, difference in list(found.differences.items())[:3])
-        warning = (
-            f"{fraction:.0%} of {len(chosen)} images were rendered unlike the training images (validation: 1%), and "
-            f"their mean lies {found.shift:.1f} from theirs (usual: below {UNLIKE_SHIFT}). Largest differences, in "
-            f"standard deviations: {largest}. Verdicts on them cannot be relied on"
-        )
-    entry = {
-        "images": len(chosen),
-        "share_unlike": fraction,
-        "shift": found.shift,
-        "largest_shifts": dict(list(found.differences.items())[:3]),
-        "warning": warning,
-    }
-    limit = UNLIKE_FEW if few else 1
-    return entry, {path for path, distance in zip(chosen, found.distances) if distance > limit and warning}
-
-
 # ---- Report
-
-
-def write_summary(entry: dict) -> list[str]:
-    """Say in plain sentences how good the detector was, on what, and with which caveats."""
-    name, rates = entry["file"], {key: format_rate(entry[key]) for key, (_, kind) in METRICS.items() if kind == "rate"}
-    good = f"{format_rate(entry['accuracy'], entry['intervals_95'].get('accuracy'))} of the verdicts are right."
-    if entry["eer"] is not None:
-        good = (
-            f"Equal error rate: {format_rate(entry['eer'], entry['intervals_95'].get('eer'))}. At the decision "
-            f"threshold, {rates['misses']} of originals are flagged as deepfake and {rates['false_alarms']} of "
-            "deepfakes pass as original."
-        )
-    counts = " and ".join(f"{entry['labels'][label]:,} {label}" for label in REPORT_ORDER)
-    what = f"Measured on {counts} images of {entry['recordings']:,} recordings in {name}"
-    parts = [part for part in entry["by_condition"] if part["eer"] is not None]
-    if parts:
-        worst = max(parts, key=lambda part: part["eer"])
-        what += f"; highest EER: {worst['column']} {worst['value']} ({format_rate(worst['eer'])})"
-    if entry["rows_without_verdict"]:
-        what += f". {entry['rows_without_verdict']:,} of {entry['rows']:,} rows have no verdict"
-    return [good, what + ".", f"Caveats: {'; '.join(list_caveats(entry))}."]
-
-
-def list_caveats(entry: dict) -> list[str]:
-    """List the reasons for which the measured error may not be what to expect."""
-    caveats, interval = [], entry["intervals_95"].get("eer")
-    if entry["seen"] is None:
-        caveats.append("the checkpoint does not record its training images, so train/test overlap could not be checked")
-    elif entry["seen"]["rows_as_image"] + entry["seen"]["rows_as_recording"]:
-        caveats.append("some of these images or their recordings were used in training (data leakage)")
-    if entry["format"] and entry["format"]["warning"]:
-        caveats.append("the images were rendered unlike the training images (see the format check)")
-    if interval and interval[1] - interval[0] > 0.05:
-        caveats.append("few recordings (wide confidence interval)")
-    if entry["rows_repeated"]:
-        caveats.append(f"{entry['rows_repeated']:,} rows repeat an image")
-    if entry["eer"] is not None and entry["half_total_error"] - entry["eer"] > 0.05:
-        caveats.append("the decision threshold, calibrated on validation, does not fit this set")
-    if max((entry["shortcuts"] or {"": 0}).values()) > detector.SHORTCUT_AUC:
-        caveats.append("image size or brightness alone predicts the class of the training images (shortcut check)")
-    return [*caveats, "expect higher error on other voices, generators and channels"]
-
-
-def format_checks(entry: dict) -> list[str]:
-    """Write the results of the leak, format and shortcut checks, a sentence each."""
-    lines = []
-    if seen := entry["seen"]:
-        lines.append(
-            f"Leak check: {seen['rows_as_image']:,} rows were trained or validated on, "
-            f"{seen['rows_as_recording']:,} more show a recording that was"
-        )
-        if rest := seen["without_them"]:
-            rates = f"EER {format_rate(rest['eer'])}, accuracy {format_rate(rest['accuracy'])}"
-            lines.append(f"Without them: {rates}, {rest['rows_measured']:,} rows")
-    if entry["format"]:
-        fraction = f"{entry['format']['share_unlike']:.0%} of {entry['format']['images']:,} images"
-        lines.append(f"Format check: {fraction} were rendered unlike the training images (1 % of validation's are)")
-        lines += [entry["format"]["warning"]] * bool(entry["format"]["warning"])
-    if entry["shortcuts"]:
-        values = ", ".join(f"{name} {auc:.2f}" for name, auc in entry["shortcuts"].items())
-        lines.append(f"Shortcut check, AUC by which each predicts the class in training: {values}")
-    unchecked = {"seen": "leak", "shortcuts": "shortcut", "format": "format"}
-    if names := [name for key, name in unchecked.items() if entry[key] is None]:
-        lines.append(f"The checkpoint holds nothing for these checks: {', '.join(names)}")
-    return lines
-
-
-def format_metrics(entry: dict) -> list[list[str]]:
-    """Write each metric: its label, and its value with interval and value before calibration."""
-    rows = []
-    for key, (label, kind) in METRICS.items():
-        value, before = entry[key], entry["before_calibration"].get(key)
-        text = format_rate(value, entry["intervals_95"].get(key)) if kind == "rate" else f"{value or 0:.4f}"
-        text += f"   before calibration {before:.4f}" if before is not None else ""
-        rows.append([label, "not computed" if value is None else text])
-    return rows
-
-
-def format_report(entry: dict, classification: str) -> str:
-    """Write the report that people read, 100 columns wide at most."""
-    lines = [line for sentence in write_summary(entry) for line in textwrap.wrap(sentence, 98)]
-    lines += ["", classification, ""]
-    lines += [f"{label:<38}{text}" for label, text in format_metrics(entry)]
-    lines += [f"Not computed: {reason}" for reason in entry["not_computed"]]
-    lines += ["", *(line for check in format_checks(entry) for line in textwrap.wrap(check, 98))]
-    for column in dict.fromkeys(part["column"] for part in entry["by_condition"]):
-        lines += ["", f"{'By ' + column:<36}{'rows':>7}  {'EER, 95% CI':<26}{'accuracy':>9}"]
-        for part in entry["by_condition"]:
-            if part["column"] == column:
-                rate = format_rate(part["eer"], part["eer_interval_95"])
-                mark = "  few rows" if part["rows"] < FEW_ROWS else ""
-                lines.append(f"  {part['value'][:33]:<34}{part['rows']:>7,}  {rate:<26}{part['accuracy']:>9.1%}{mark}")
-    return "\n".join(lines) + "\n"
 
 
 def write_scores(job: Job, table: pandas.DataFrame, llr: dict[str, float]) -> list[Path]:
     """Write the score file, and where there are labels the key, in ASVspoof 5's form."""
-    column = detector.find_columns(job.rows[0])["img_path"]
+    column = find_columns(job.rows[0])["img_path"]
     names = {}  # path -> its first spelling
     for number, path in job.images.items():
         if path in llr:
@@ -735,7 +297,7 @@ def report_job(job: Job, scores: Scores, model: Detector, settings: dict, origin
     recordings = describe_recordings(merged, unlike, model.facts)
     if len(merged) < len(rows) or (job.labels is None and len(rows)):
         files[job.name_output("_recordings.csv")] = recordings.to_csv(index=False).encode()
-        files[job.name_output("_timeline.png")] = report.draw_timelines(merged, dict(zip(rows["path"], rows["llr"])))
+        files[job.name_output("_timeline.png")] = figures.draw_timelines(merged, dict(zip(rows["path"], rows["llr"])))
     table, entry = rows[rows["label"] != ""], None
     if len(table):
         entry = {**measure_job(job, table, scores, model, settings), "format": look}
@@ -744,62 +306,34 @@ def report_job(job: Job, scores: Scores, model: Detector, settings: dict, origin
             {"labels": list(REPORT_ORDER), "zero_division": 0},
         )
         text = classification_report(table["label"], verdicts, digits=4, **names).rstrip()
-        entry["report"] = format_report(entry, text)
+        entry["report"] = report.format_report(entry, text)
         files[job.name_output("_report.txt")] = entry["report"].encode()
-        pictures = {".png": report.draw_confusion(job.path.stem, np.array(entry["confusion_matrix"]["counts"]))}
-        pictures["_mistakes.png"] = report.draw_mistakes(table, model)
+        pictures = {".png": figures.draw_confusion(job.path.stem, np.array(entry["confusion_matrix"]["counts"]))}
+        pictures["_mistakes.png"] = figures.draw_mistakes(table, model)
         if entry["eer"] is not None:
-            pictures["_curves.png"] = report.draw_curves(job.path.stem, table, entry)
+            pictures["_curves.png"] = figures.draw_curves(job.path.stem, table, entry)
         if entry["by_condition"]:
-            pictures["_conditions.png"] = report.draw_conditions(entry["by_condition"], entry["eer"])
+            pictures["_conditions.png"] = figures.draw_conditions(entry["by_condition"], entry["eer"])
         files.update((job.name_output(what), picture) for what, picture in pictures.items())
         print(f"\n{entry['report']}")
     else:
         why = "it has no column actual_output" if job.labels is None else "no row has both a label and a verdict"
         print(f"{job.name}: no metrics, since {why}")
-        print_recordings(recordings)
+        report.print_recordings(recordings)
     if len(rows):
-        sentences = write_summary(entry) if entry else summarise_verdicts(job, recordings, look)
+        sentences = report.write_summary(entry) if entry else report.summarise_verdicts(job, recordings, look)
         seen, shortcuts = check_seen(rows, model.facts, scores.fingerprints), model.facts.get("shortcuts")
         checks = format_checks(entry or {"seen": seen, "shortcuts": shortcuts, "format": look})
         pictures = {ending: files.get(job.name_output(ending)) for ending in report.CAPTIONS}
         context = {"checks": checks, "pictures": pictures, "origin": origin}
-        page = report.write_page(job.name, sentences, recordings, format_metrics(entry) if entry else [], context)
+        metrics = report.format_metrics(entry) if entry else []
+        page = report.write_page(job.name, sentences, recordings, metrics, context)
         files[job.name_output("_report.html")] = page.encode()
     for path, content in files.items():
         if content is not None:
             write_file(path, content)
     name_old_outputs(job, set(files))
     return entry
-
-
-def summarise_verdicts(job: Job, recordings: pandas.DataFrame, look: Optional[dict]) -> list[str]:
-    """Say in two sentences what the verdicts on recordings without labels are, and how far they can be relied on."""
-    counts = Counter(recordings["predicted_output"])
-    verdicts = " and ".join(f"{counts[name]:,} as {name}" for name in REPORT_ORDER)
-    first = f"Of {len(recordings):,} recordings in {job.name}, the detector classifies {verdicts}."
-    if look and look["warning"]:
-        return [first, "The images were rendered unlike the training images: the verdicts cannot be relied on."]
-    return [
-        first,
-        "A score is evidence, not proof: expect errors on new voices, generators and channels.",
-    ]
-
-
-def print_recordings(recordings: pandas.DataFrame, most: int = 40) -> None:
-    """Print a table of verdicts on recordings."""
-    if not len(recordings):
-        return
-    print(f"\n{'recording':<42}{'verdict':<10}{'score':>7}{'seconds':>9}  validation beyond: originals, deepfakes")
-    for row in recordings.head(most).to_dict("records"):
-        beyond = [row["originals_below"], row["deepfakes_above"]]
-        sure = "unknown" if "" in beyond else ", ".join(f"{value:.1%}" for value in beyond)
-        seconds = "?" if row["seconds"] is None or row["seconds"] != row["seconds"] else f"{row['seconds']:.1f}"
-        differs = "  rendered unlike the training images" if row["rendering"] else ""
-        score = f"{row['deepfake_score']:.3f}"
-        print(f"{row['recording'][:40]:<42}{row['predicted_output']:<10}{score:>7}{seconds:>9}  {sure}{differs}")
-    if len(recordings) > most:
-        print(f"… and {len(recordings) - most:,} more in the CSV")
 
 
 def name_old_outputs(job: Job, written: set[Path]) -> None:

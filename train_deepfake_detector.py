@@ -39,11 +39,22 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models import ResNet18_Weights, WeightsEnum
 from tqdm import tqdm
 
-from models import dataset, detector, report, runtime
+from models import dataset, detector, figures, runtime
+from models.checks import check_shortcuts
 from models.dataset import Data
-from models.detector import CLASSES, IMAGENET_MEAN, IMAGENET_STD, name_recording, take_fingerprint, to_brightness
+from models.detector import CLASSES
+from models.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    learn_colours,
+    learn_rendering,
+    take_fingerprint,
+    to_brightness,
+    to_input,
+)
 from models.pixel_cache import PixelCache
 from models.runtime import Compute, Team, write_file
+from models.tables import name_recording
 
 # ------------------------------------------------------------------------------------------------
 # Settings. Relative paths start at this script's folder.
@@ -387,7 +398,7 @@ class Run:
     def finish(self) -> None:
         """Save the final checkpoint and the learning curves; delete the state."""
         self.save_checkpoint(self.outputs.final)
-        write_file(self.outputs.curves, report.draw_learning_curves(self.history, self.best["epoch"]))
+        write_file(self.outputs.curves, figures.draw_learning_curves(self.history, self.best["epoch"]))
         self.outputs.state.unlink(missing_ok=True)
 
 
@@ -489,7 +500,7 @@ def train_one_epoch(
     weight = batches.batch_size / batches.team.size  # of the images of a rank's part: gradients are averaged over ranks
     for images, labels in tqdm(loader, "Training", leave=False, unit=" batches", disable=None):
         images = images.to(device, non_blocking=True).float().div_(255)
-        inputs = detector.to_input(augmentation(images), IMAGENET_MEAN, IMAGENET_STD)
+        inputs = to_input(augmentation(images), IMAGENET_MEAN, IMAGENET_STD)
         labels = labels.to(device, non_blocking=True)
         losses.append(add_gradients(run, network, inputs, lambda *part: loss_fn(*part) / weight, labels))
         if len(losses) % 50 == 0 or len(losses) == len(loader):  # seldom: the GPU has to be waited for
@@ -548,7 +559,7 @@ def predict_logits(run: Run, loader: DataLoader, batch_size: int, team: Team) ->
     logits, labels = [torch.empty(0, len(CLASSES))], [torch.empty(0, dtype=torch.int64)]
     for images, batch_labels in loader:
         images = images.to(run.compute.device, non_blocking=True).float().div_(255)
-        inputs = detector.to_input(images, IMAGENET_MEAN, IMAGENET_STD)
+        inputs = to_input(images, IMAGENET_MEAN, IMAGENET_STD)
         size = len(inputs) if run.parts == 1 else math.ceil(batch_size / run.parts)
         with run.compute.autocast():
             logits += [run.model(part).float().cpu() for part in inputs.split(size)]
@@ -646,11 +657,11 @@ def write_history(path: Path, history: list[dict]) -> None:
 # ---- Main
 
 
-def collect_facts(data: Data, start: str, settings: dict) -> dict:
+def collect_facts(data: Data, start: str, checked: dict, settings: dict) -> dict:
     """Collect what every checkpoint holds beside weights, epoch and metrics: all that scoring an image needs.
 
     Args:
-        start: what the weights began as.
+        start: what the weights began as; checked: results of checks.
     """
     pattern, root = settings["RECORDING_PATTERN"], data.train.dataset.root
     recordings = {name_recording(path, root, pattern) for path in data.fingerprints}
@@ -664,8 +675,8 @@ def collect_facts(data: Data, start: str, settings: dict) -> dict:
         "seen_recordings": torch.tensor(sorted({take_fingerprint(name.encode()) for name in recordings})),
         "recording_pattern": pattern,
         "initial_weights": start,
-        **data.checks,
-        "appearance": detector.learn_rendering(data.train, data.val, detector.learn_colours(data.train)),
+        **checked,
+        "appearance": learn_rendering(data.train, data.val, learn_colours(data.train)),
         "settings": settings,
         "versions": runtime.list_versions(),
     }
@@ -696,7 +707,10 @@ def main() -> int:
     torch.manual_seed(SEED)
     model = start_model(initial)
 
-    data = dataset.prepare_data(folder, listed, settings, team)
+    chosen = dataset.choose_images(folder, listed, settings, team)
+    checked = {"shortcuts": check_shortcuts(chosen.looks, chosen.labels, chosen.groups)}
+    checked["unreadable_images"] = chosen.unreadable
+    data = dataset.split_images(folder, chosen, settings)
     conditions = describe_conditions(data, settings)
     if state:
         compare_conditions(state["conditions"], conditions)
@@ -704,7 +718,7 @@ def main() -> int:
     from_random = start.startswith("random")
     settings = {**settings, "LEARNING_RATE": LEARNING_RATE or (1e-3 if from_random else 3e-4)}
     print(f"Start: {start}; learning rate {settings['LEARNING_RATE']:g}, at most {EPOCHS} epochs")
-    run = Run(model, len(loaders[0]) * EPOCHS, compute, outputs, collect_facts(data, start, settings))
+    run = Run(model, len(loaders[0]) * EPOCHS, compute, outputs, collect_facts(data, start, checked, settings))
     run.val_recordings = data.val_recordings
     if state:
         run.restore(state)
@@ -718,7 +732,7 @@ def main() -> int:
     print(f"Best checkpoint   {BEST_MODEL_PATH}")
     print(f"Final checkpoint  {FINAL_MODEL_PATH}")
     print("Beside it         history.csv, learning_curves.png")
-    return 1 if data.checks["unreadable_images"] or folder.problems else 0
+    return 1 if chosen.unreadable or folder.problems else 0
 
 
 if __name__ == "__main__":

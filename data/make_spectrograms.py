@@ -17,8 +17,6 @@ images, short ones are repeated to fill one. About 75 clean recordings a second 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import sys
@@ -38,6 +36,7 @@ from recordings import AUDIO_SUFFIXES, FOREIGN_SUFFIXES, SILENCE, has_soundfile,
 from resynthesis import RESYNTHESES  # noqa: E402
 
 from models import runtime  # noqa: E402
+from models.tables import write_list  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
 # Settings. Relative paths start at this script's folder.
@@ -308,25 +307,6 @@ def list_images(pictures: list[Picture], data_dir: Path) -> list[tuple[str, Pict
             images.append((path.relative_to(data_dir).as_posix(), picture, start_s))
             number += 1
     return images
-
-
-def write_list(path: Path, header: list[str], rows: list[list[str]]) -> str:
-    """Write a CSV of images, unless it holds verdicts on other images. Returns what was done, "" for nothing."""
-    if path.exists():
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            old = list(csv.DictReader(file))
-        if [row.get("img_path") for row in old] == [row[0] for row in rows]:
-            return f"{path.name} already lists these {len(rows):,} images"
-        judged = {row.get("img_path") for row in old if row.get("predicted_output")}
-        if not judged <= {row[0] for row in rows}:
-            raise ValueError(f"{path} holds verdicts on other images: rename it, and run this script again")
-    if not rows and not path.exists():
-        return ""
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runtime.write_file(path, buffer.getvalue().encode())
-    return f"{path.name} lists {len(rows):,} images"
 
 
 def choose_test_speakers(recordings: list[Recording], fraction: float, seed: int) -> set[str]:

@@ -1,27 +1,39 @@
-"""The images of a training run: found, read once, held out, split by recording or source, checked for shortcuts."""
+"""The images of a training run: found, read once, held out, split by recording or source."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections import Counter, defaultdict
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 
-from models import detector, runtime
-from models.detector import CLASSES, name_recording
-from models.pixel_cache import LOOKS, PixelCache
+from models import runtime
+from models.detector import CLASSES
+from models.pixel_cache import PixelCache
 from models.runtime import Team
+from models.tables import name_recording, parse_table, resolve_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MIN_SOURCES = 5  # with fewer, holding out whole ones for validation would cost training too much
 FOLDER_PATTERN = r"^(.*/[^/]+?)(?:__[^/]*)?$"  # as RECORDING_PATTERN it tells equal names in two folders apart
+
+
+class Chosen(NamedTuple):
+    """The images that a run uses: what each has, in the order of the folder."""
+
+    paths: list[str]
+    labels: np.ndarray  # class indices
+    recordings: list[str]
+    fingerprints: list[int]  # of the pixels
+    groups: np.ndarray  # as `group_images` numbers them: by recording and pixels
+    looks: np.ndarray  # float32, shape (images, 4), as LOOKS names them
+    unreadable: int  # number of those left out because they cannot be read
 
 
 class Data(NamedTuple):
@@ -32,7 +44,6 @@ class Data(NamedTuple):
     weights: np.ndarray  # of the training images, for drawing them
     val_recordings: list[str]  # the recording of each validation image
     fingerprints: dict[str, int]  # of the pixels of the images used, by path
-    checks: dict  # results of checks, by the names that the checkpoint gives them
 
 
 # ---- Images
@@ -143,10 +154,10 @@ def list_holdout(csv_paths: list[Path], data_dir: Path, encoding: str) -> list[s
                 f"hold-out list not found: {path}; correct HOLDOUT_CSVS, or set HOLDOUT_CSVS = [] "
                 "to train on every image"
             )
-        (header, *rows), _ = detector.parse_table(path.read_bytes(), path, encoding)
+        (header, *rows), _ = parse_table(path.read_bytes(), path, encoding)
         column = header.index("img_path")
         cells = (row[column] for row in rows if len(row) > column)
-        listed += [detector.resolve_image(data_dir, cell) for cell in cells if cell.strip()]
+        listed += [resolve_image(data_dir, cell) for cell in cells if cell.strip()]
     return listed
 
 
@@ -296,23 +307,47 @@ def weigh_images(sources: list[str], labels: np.ndarray) -> np.ndarray:
     return np.array(weights) / sum(weights)
 
 
-def split_images(folder: SpectrogramFolder, paths: list[str], settings: dict) -> Data:
-    """Split the chosen images into training and validation, print what each side holds, and check for shortcuts.
+def choose_images(folder: SpectrogramFolder, listed: list[str], settings: dict, team: Team) -> Chosen:
+    """Read every image once, and leave out what is held out or unreadable.
+
+    Args:
+        listed: the images that the hold-out CSVs name.
+
+    Raises:
+        ValueError: too many images are unreadable, or all of a class are held out.
+    """
+    labels = dict(folder.samples)
+    elsewhere = [path for path in dict.fromkeys(listed) if path not in labels and os.path.isfile(path)]
+    read_all_images(folder.cache, [*labels, *elsewhere], runtime.choose_workers(settings["WORKERS"]), team)
+    allowed = leave_out_holdout(folder, listed, settings["RECORDING_PATTERN"])
+    paths = leave_out_unreadable(allowed, folder.cache.reasons, settings["MAX_UNREADABLE"], team.rank)
+    entries = [folder.cache.entries[path] for path in paths]
+    fingerprints = [entry.fingerprint for entry in entries]
+    recordings = [name_recording(path, folder.root, settings["RECORDING_PATTERN"]) for path in paths]
+    chosen = Chosen(
+        paths,
+        np.array([labels[path] for path in paths]),
+        recordings,
+        fingerprints,
+        group_images(recordings, fingerprints),
+        np.array([entry.looks for entry in entries], np.float32),
+        len(allowed) - len(paths),
+    )
+    report_names(chosen)
+    return chosen
+
+
+def split_images(folder: SpectrogramFolder, chosen: Chosen, settings: dict) -> Data:
+    """Split the chosen images into training and validation, and print what each side holds.
 
     Where there are enough sources, whole ones are held out for validation, else whole recordings.
 
     Raises:
         ValueError: a class has too few recordings.
     """
-    chosen = set(paths)
-    indices = np.array([i for i, (path, _) in enumerate(folder.samples) if path in chosen])
-    labels = np.array([folder.targets[i] for i in indices])
-    entries = [folder.cache.entries[path] for path in paths]
-    fingerprints = [entry.fingerprint for entry in entries]
-    recordings = [name_recording(path, folder.root, settings["RECORDING_PATTERN"]) for path in paths]
-    report_names(paths, recordings, fingerprints, labels)
-    groups = group_images(recordings, fingerprints)
-    shortcuts = check_shortcuts(np.array([entry.looks for entry in entries], np.float32), labels, groups)
+    paths, labels, recordings, fingerprints, groups, *_ = chosen
+    used = set(paths)
+    indices = np.flatnonzero([path in used for path, _ in folder.samples])
     sources = find_sources(paths, labels.tolist(), folder.root)
     if count := len({*sources} - {""}):
         by_source = count >= MIN_SOURCES
@@ -334,12 +369,12 @@ def split_images(folder: SpectrogramFolder, paths: list[str], settings: dict) ->
         weigh_images([source for source, is_val in zip(sources, in_val) if not is_val], labels[~in_val]),
         [recording for recording, is_val in zip(recordings, in_val) if is_val],
         dict(zip(paths, fingerprints)),
-        {"shortcuts": shortcuts},
     )
 
 
-def report_names(paths: list[str], recordings: list[str], fingerprints: list[int], labels: np.ndarray) -> None:
+def report_names(chosen: Chosen) -> None:
     """Print how recordings are named, which file names repeat in several folders, and which images are identical."""
+    paths, labels, recordings, fingerprints, *_ = chosen
     names = sorted(set(recordings))
     print(f"Recordings are named like: {', '.join(names[:: max(1, len(names) // 3)][:3])}")
     folders = defaultdict(set)
@@ -355,52 +390,6 @@ def report_names(paths: list[str], recordings: list[str], fingerprints: list[int
         print(f"Identical images: {repeated:,} repeat another and stay on its side; {in_both:,} are in both classes")
 
 
-def check_shortcuts(looks: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Optional[dict[str, float]]:
-    """Check whether image size or brightness alone predicts the class, and warn if so.
-
-    Args:
-        looks: float32, shape (images, 4), as LOOKS names them; labels: class indices; groups: as `group_images`.
-
-    Returns:
-        {feature, or "all together": area under the ROC curve of a logistic regression, cross-validated by group, 0.5 to
-        1}; None where there are too few groups.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    folds = min(5, *(len(np.unique(groups[labels == label])) for label in range(len(CLASSES))))
-    if folds < 2:
-        return None
-    regression = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
-    split = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
-    predict = partial(cross_val_predict, regression, y=labels, groups=groups, cv=split, method="decision_function")
-    columns = {**{name: [number] for number, name in enumerate(LOOKS)}, "all together": slice(None)}
-    results = {
-        name: max(0.5, float(roc_auc_score(labels, predict(looks[:, chosen])))) for name, chosen in columns.items()
-    }
-    predictive = [f"{name} {auc:.2f}" for name, auc in results.items() if auc > detector.SHORTCUT_AUC]
-    if predictive:
-        print(
-            f"WARNING: image size or brightness alone predicts the class (AUC: {', '.join(predictive)}): the network "
-            "may learn that instead of the voice"
-        )
-    return results
-
-
 def prepare_data(folder: SpectrogramFolder, listed: list[str], settings: dict, team: Team) -> Data:
-    """Read every image once, leave out what is held out or unreadable, and split the rest.
-
-    Raises:
-        ValueError: too many images are unreadable, or too few are left.
-    """
-    paths = [path for path, _ in folder.samples]
-    elsewhere = [path for path in dict.fromkeys(listed) if path not in set(paths) and os.path.isfile(path)]
-    read_all_images(folder.cache, [*paths, *elsewhere], runtime.choose_workers(settings["WORKERS"]), team)
-    allowed = leave_out_holdout(folder, listed, settings["RECORDING_PATTERN"])
-    used = leave_out_unreadable(allowed, folder.cache.reasons, settings["MAX_UNREADABLE"], team.rank)
-    data = split_images(folder, used, settings)
-    data.checks["unreadable_images"] = len(allowed) - len(used)
-    return data
+    """Choose and split the images."""
+    return split_images(folder, choose_images(folder, listed, settings, team), settings)

@@ -1,242 +1,33 @@
-"""What trainer and evaluator must agree on: pixels, network, checkpoint, score, and how images were rendered."""
+"""The detector: network, checkpoint, calibration, score and verdict."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import io
-import os
 import re
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
-from torchvision.models import ResNet, resnet18
+from torch.nn.utils import fuse_conv_bn_eval
+
+from models.images import IMAGENET_MEAN, IMAGENET_STD
+
+if TYPE_CHECKING:
+    from torchvision.models import ResNet
 
 CLASSES = ("Deepfake", "Original")  # logit order; the folders bear these names in lower case
 CHECKPOINT_FORMAT = 1
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # pytorch.org/vision/stable/models.html, ResNet18_Weights
-IMAGENET_STD = (0.229, 0.224, 0.225)
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aif", ".aiff", ".webm", ".aac", ".wma", ".amr")
-SHORTCUT_AUC = 0.75  # above it the class can be predicted without the voice
-BAND_STATISTICS = ("deviation over time", "change from row to row", "change from column to column")
-RENDERING_SAMPLE = 2000  # images whose rendering statistics are learnt
-
-
-# ---- Tables and names
-
-
-def parse_table(content: bytes, path: Path, encoding: str) -> tuple[list[list[str]], str]:
-    """Parse a CSV as text: its rows, header first, and its delimiter (comma, semicolon or tab).
-
-    Raises:
-        ValueError: it is not a CSV in this encoding, or has no column img_path.
-    """
-    if content.startswith(b"PK\x03\x04"):
-        raise ValueError(f"{path} is an Excel workbook, not a CSV: save it as CSV UTF-8")
-    try:
-        text = content.decode(encoding).removeprefix("\ufeff")
-    except UnicodeError as error:
-        where = getattr(error, "start", 0)
-        raise ValueError(f"{path} is not {encoding} (byte {where}): set CSV_ENCODING, or re-save it as UTF-8") from None
-    csv.field_size_limit(2**31 - 1)
-    headers = []
-    for blanks in ("", " "):  # a column of exactly this name in one delimiter comes before one with blanks in another
-        for delimiter in ",;\t":
-            try:
-                headers.append(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []))
-                if "img_path" in [name.strip(blanks) if blanks else name for name in headers[-1]]:
-                    # strict: a quote that is never closed would swallow the rows after it
-                    return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)), delimiter
-            except csv.Error as error:
-                raise ValueError(f"{path} is not a valid CSV: {error} (unbalanced quotes?)") from None
-    found = ", ".join(repr(name.strip()[:40]) for name in max(headers, key=len)[:20]) or "none"
-    raise ValueError(f"{path} has no column img_path; columns found: {found}")
-
-
-def find_columns(header: list[str]) -> dict[str, int]:
-    """Find the columns of a table by their names, blanks around them left out: {name: index}, the first of equals."""
-    return {name.strip(" "): index for index, name in reversed(list(enumerate(header)))}
-
-
-def resolve_image(base: Path, cell: str) -> str:
-    """Resolve an img_path: slashes of either kind, relative to base; absolute paths and URLs stay."""
-    cell = cell.strip()
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", cell) or (os.name != "nt" and re.match(r"[A-Za-z]:[\\/]", cell)):
-        return cell
-    path = os.path.normpath(os.path.join(base, cell.replace("\\", "/")))
-    return os.fsdecode(path.encode("utf-8", "surrogateescape"))  # as os.walk spells it where names are not UTF-8
-
-
-def name_recording(path: str, base: Path, pattern: str) -> str:
-    """Name the recording that an image belongs to.
-
-    Args:
-        path: of the image.
-        base: the folder that holds the class folders.
-        pattern: RECORDING_PATTERN, searched in the file name without its suffix, then in the path below the class
-            folder (with forward slashes); group 1 is the recording. Without a match the file name is.
-    """
-    below = os.path.splitext(os.path.relpath(path, base).replace(os.sep, "/").partition("/")[2])[0]
-    stem = os.path.splitext(os.path.basename(path))[0]
-    match = re.search(pattern, stem) or re.search(pattern, below)
-    name = (match and match.group(1)) or stem
-    return os.fsencode(name).decode("utf-8", "replace")  # file names may hold bytes that are not text
-
-
-def take_fingerprint(content: bytes) -> int:
-    """Hash bytes, or an array of decoded pixels, to a signed integer of 64 bits."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
-
-
-# ---- Images
-
-
-def read_image(path: str, size: int) -> torch.Tensor:
-    """Decode an image of any mode and resize it: uint8, shape (3, size, size), RGB.
-
-    Sixteen-bit grey is scaled to eight bits; what is transparent is seen on white, as viewers show it.
-    torch resizes in a tenth of Pillow's time, to pixels that differ by at most 1.
-
-    Raises:
-        OSError, ValueError, SyntaxError and others of Pillow's: the file is not a complete image.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError("there is no such file")
-    if path.lower().endswith(AUDIO_SUFFIXES):
-        raise ValueError("it is audio: make images of it with data/make_spectrograms.py")
-    with Image.open(path) as image:
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no fixed range: save it with 8 or 16 bits")
-        if image.mode.startswith("I"):
-            grey = np.round(np.asarray(image, dtype=np.float64) / 257)
-            image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
-        if image.mode in ("LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-        if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode not in ("RGB", "RGBA"):
-            image = image.convert("RGB")
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    if pixels.shape[1:] != (size, size):
-        pixels = nn.functional.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True)[0]
-    return pixels[:3].contiguous()
-
-
-def to_input(images: torch.Tensor, mean: Sequence[float], std: Sequence[float], white: int = 1) -> torch.Tensor:
-    """Normalise RGB from 0 to `white`, float32, shape (batch, 3, height, width); mean and deviation are of 0 to 1."""
-    mean, std = (images.new_tensor(values).view(3, 1, 1) * white for values in (mean, std))
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-def to_brightness(images: torch.Tensor) -> torch.Tensor:
-    """Weigh RGB, shape (batch, 3, height, width), to brightness, (batch, height, width), as ITU-R BT.601 does."""
-    return torch.einsum("bchw,c->bhw", images, images.new_tensor([0.299, 0.587, 0.114]))
-
-
-# ---- Rendering statistics: they differ where images were made with other software or settings
-
-
-def learn_colours(images: Dataset, sample: int = 64) -> torch.Tensor:
-    """Learn from a sample of images which colour stands for which brightness.
-
-    For grey images, and for colour maps that rise in brightness (magma, viridis), that is the colour map.
-
-    Returns:
-        float32, shape (256, 3), RGB in 0 to 1 for brightness 0 to 255.
-    """
-    chosen = np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int)
-    pixels = torch.stack([images[index][0] for index in chosen]).float() / 255
-    bins = (to_brightness(pixels) * 255).round().long().flatten()
-    colours = pixels.permute(0, 2, 3, 1).reshape(-1, 3)
-    count = torch.bincount(bins, minlength=256)
-    total = torch.zeros(256, 3).index_add_(0, bins, colours)
-    seen = torch.nonzero(count).flatten().numpy()
-    mean = (total[seen] / count[seen, None]).numpy()
-    return torch.tensor(np.stack([np.interp(np.arange(256), seen, band) for band in mean.T], axis=1)).float()
-
-
-def describe_rendering(pixels: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-    """Describe how images were rendered, by statistics that depend little on voice, loudness and length.
-
-    Each row's own mean is removed first: it depends on what else the recording holds.
-
-    Args:
-        pixels: uint8, shape (batch, 3, height, width).
-        colours: float32, shape (256, 3), as `learn_colours` returns them.
-
-    Returns:
-        float32, shape (batch, 25), logarithms: BAND_STATISTICS, each in eight bands from top to bottom; distance of
-        the colours from `colours`.
-    """
-    images = pixels.float() / 255
-    brightness = to_brightness(images)
-    painted = nn.functional.embedding((brightness * 255).round().int(), colours).permute(0, 3, 1, 2)
-    distance = (images - painted).abs().mean((1, 2, 3))
-    brightness = brightness - brightness.mean(2, keepdim=True)
-    maps = (brightness.std(2), brightness.diff(dim=1).abs().mean(2), brightness.diff(dim=2).abs().mean(2))
-    bands = [nn.functional.adaptive_avg_pool1d(rows, 8) for rows in maps]
-    return torch.log(torch.cat([*bands, distance[:, None]], dim=1) + 1e-3)
-
-
-def learn_rendering(train: Dataset, val: Dataset, colours: torch.Tensor) -> dict:
-    """Learn the rendering statistics of the training images.
-
-    Returns:
-        colours; mean, deviation and precision (inverse of the covariance, shrunk by a tenth to its diagonal) of the
-        training images' statistics; limit, the Mahalanobis distance within which 99 % of the validation images lie.
-    """
-
-    def describe(images: Dataset) -> torch.Tensor:
-        chosen = np.linspace(0, len(images) - 1, min(RENDERING_SAMPLE, len(images))).astype(int).tolist()
-        return torch.cat([describe_rendering(images[index][0][None], colours) for index in chosen]).double()
-
-    seen = describe(train)
-    covariance = torch.cov(seen.T).view(seen.shape[1], -1).nan_to_num()
-    variance = covariance.diag() + 1e-4
-    rendering = {
-        "colours": colours,
-        "mean": seen.mean(0),
-        "deviation": variance.sqrt(),
-        "precision": torch.linalg.inv(0.9 * covariance + 0.1 * variance.diag() + 1e-4 * torch.eye(len(variance))),
-    }
-    off = describe(val) - rendering["mean"]
-    distances = torch.einsum("ni,ij,nj->n", off, rendering["precision"], off).sqrt()
-    return {**rendering, "limit": distances.quantile(0.99, interpolation="higher").item()}
-
-
-class Rendering(NamedTuple):
-    """How images compare with the training images in how they were rendered."""
-
-    distances: np.ndarray  # Mahalanobis distance of each image, in units of what 99 % of the validation images keep
-    shift: float  # Mahalanobis distance of their mean, less what chance adds; 0 for a single image
-    differences: dict[str, float]  # by statistic, in standard deviations, the largest first
-
-
-def compare_rendering(pixels: torch.Tensor, rendering: dict) -> Optional[Rendering]:
-    """Compare images with the training images by their rendering statistics.
-
-    Args:
-        pixels: uint8, shape (images, 3, size, size).
-        rendering: as `learn_rendering` returns it; of an older version: the result is None.
-    """
-    seen = describe_rendering(pixels, rendering["colours"]).double()
-    if seen.shape[1] != len(rendering["mean"]):
-        return None
-    off = seen - rendering["mean"]
-    squares = torch.einsum("ni,ij,nj->n", off, rendering["precision"], off)
-    mean = off.mean(0)  # far off even where no single image is, as when all are upside down
-    shift = (mean @ rendering["precision"] @ mean - squares.mean() / len(off)).clamp(0).sqrt().item()
-    names = [f"{what} in eighth {band} from the top" for what in BAND_STATISTICS for band in range(1, 9)]
-    differences = zip([*names, "distance from the training images' colours"], (mean / rendering["deviation"]).tolist())
-    largest = dict(sorted(differences, key=lambda pair: -abs(pair[1])))
-    return Rendering((squares.sqrt() / rendering["limit"]).numpy(), shift, largest)
+BARE_FACTS = {  # assumed where a file holds weights only
+    "classes": list(CLASSES),
+    "image_size": 224,
+    "mean": list(IMAGENET_MEAN),
+    "std": list(IMAGENET_STD),
+    "calibration": {"scale": 1.0, "offset": 0.0},
+    "recording_pattern": r"^([^/]+?)__[^/]*$",
+}
 
 
 # ---- Network and checkpoint
@@ -244,6 +35,8 @@ def compare_rendering(pixels: torch.Tensor, rendering: dict) -> Optional[Renderi
 
 def make_network() -> ResNet:
     """Make the network, with random weights."""
+    from torchvision.models import resnet18  # takes 2 s to import
+
     return resnet18(num_classes=len(CLASSES))
 
 
@@ -319,6 +112,50 @@ def build_model(state: dict, path: Path) -> ResNet:
     if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
         raise ValueError(f"{path} holds weights that are not finite: train again")
     return model.eval()
+
+
+def load_detector(path: Path) -> Detector:
+    """Rebuild a detector from a checkpoint, or from a bare state_dict, without running any code in it.
+
+    Raises:
+        ValueError: the file is missing, damaged, or not a two-class ResNet-18.
+    """
+    if not path.is_file():
+        raise ValueError(f"MODEL_PATH: file not found: {path} (train_deepfake_py makes it)")
+    try:
+        facts = load_content(path)
+        if "format" not in facts:
+            print(
+                f"Warning: {path.name} holds weights only; assumed: classes {', '.join(CLASSES)}, image size "
+                f"{BARE_FACTS['image_size']}, ImageNet's mean and deviation, no calibration"
+            )
+            facts = {
+                "state_dict": find_weights(facts, path),
+                **BARE_FACTS,
+                "format": CHECKPOINT_FORMAT,
+            }
+        if facts["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"{path} has format {facts['format']}; this script reads {CHECKPOINT_FORMAT}")
+        missing = [name for name in BARE_FACTS if name not in facts]
+        if missing or sorted(facts["classes"]) != sorted(CLASSES):
+            raise ValueError(f"{path} lacks {', '.join(missing) or 'the classes ' + str(CLASSES)}")
+        return Detector(build_model(find_weights(facts, path), path), facts)
+    except ValueError as error:
+        raise ValueError(f"MODEL_PATH: {error}") from None
+
+
+def fuse_norms(model: nn.Module) -> nn.Module:
+    """Fold each batch norm of a ResNet-18 into the convolution before it: the same outputs, a seventh faster."""
+    from torchvision.models.resnet import BasicBlock
+
+    for block in (model, *(part for part in model.modules() if isinstance(part, BasicBlock))):
+        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
+            if hasattr(block, conv):
+                setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
+                setattr(block, norm, nn.Identity())
+        if getattr(block, "downsample", None):
+            block.downsample = fuse_conv_bn_eval(*block.downsample)
+    return model
 
 
 # ---- Score and verdict

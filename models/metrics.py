@@ -6,12 +6,30 @@ In the field's terms: bona fide = Original = target; a higher score means more b
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 
 from models.detector import decide, to_probability
 
+if TYPE_CHECKING:
+    import pandas
+
+REPORT_ORDER = ("Original", "Deepfake")
+FEW_ROWS = 20  # fewer are marked
+METRICS = {  # name in the summary: how the report calls and writes it; `measure` computes them
+    "eer": ("Equal error rate (EER)", "rate"),
+    "accuracy": ("Accuracy", "rate"),
+    "half_total_error": ("Half total error, decision threshold", "rate"),
+    "misses": ("  originals flagged as deepfake", "rate"),
+    "false_alarms": ("  deepfakes passing as original", "rate"),
+    "eer_by_recording": ("EER by recording", "rate"),
+    "roc_auc": ("Area under the ROC curve", "number"),
+    "min_dcf": ("minDCF (costs of ASVspoof 5)", "number"),
+    "act_dcf": ("actDCF", "number"),
+    "cllr": ("Cllr, bits (1: no information)", "number"),
+    "ece": ("Expected calibration error", "number"),
+}
 SPOOF_PRIOR, COST_MISS, COST_FALSE_ALARM = 0.05, 1, 10  # ASVspoof 5's costs of detection: Wang et al., 2024, section 3
 
 
@@ -125,3 +143,54 @@ def estimate_intervals(
         values["roc_auc"].append(compute_auc(misses, false_alarms))
         values["eer"].append(compute_eer(misses, false_alarms))
     return {name: np.quantile(np.concatenate(parts), (0.025, 0.975)).tolist() for name, parts in values.items()}
+
+
+def measure_table(table: pandas.DataFrame) -> dict:
+    """Measure rows: numbers, intervals, and how many rows and recordings are behind them."""
+    llr, is_fake = table["llr"].to_numpy(float), table["is_fake"].to_numpy(bool)
+    measures = {"rows_measured": len(table), "recordings": int(table["recording"].nunique()), **measure(llr, is_fake)}
+    measures["intervals_95"] = estimate_intervals(llr, is_fake, table["recording"].tolist())
+    reasons = []
+    if is_fake.all() or not is_fake.any():
+        reasons.append(f"metrics that need both classes: all labels are {table['label'].iloc[0]}")
+    elif not measures["intervals_95"]:
+        reasons.append("intervals need two recordings of each class")
+    if measures["cllr"] is None and not reasons:
+        reasons.append("Cllr: a score is infinite")
+    return {**measures, "not_computed": reasons}
+
+
+def measure_conditions(table: pandas.DataFrame, columns: tuple[str, ...]) -> list[dict]:
+    """Measure by each value of some columns, the worst first; a value of one class against all rows of the other."""
+    import pandas
+
+    parts = []
+    for column in columns:
+        if column not in table or table[column].nunique() < 2:
+            continue
+        for value, part in table.groupby(column):
+            measured = part
+            if part["is_fake"].nunique() == 1:
+                others = table[table["is_fake"] != part["is_fake"].iloc[0]]
+                measured = pandas.concat([part, others])
+            measures = measure_table(measured)
+            parts.append(
+                {
+                    "column": column,
+                    "value": value,
+                    "rows": len(part),
+                    "recordings": int(part["recording"].nunique()),
+                    "classes": " and ".join(name for name in REPORT_ORDER if (part["label"] == name).any()),
+                    "eer": measures["eer"],
+                    "eer_interval_95": measures["intervals_95"].get("eer"),
+                    "accuracy": float((decide(part["llr"].to_numpy(float)) == part["is_fake"].to_numpy(bool)).mean()),
+                }
+            )
+    return sorted(parts, key=lambda part: (columns.index(part["column"]), -(part["eer"] or 0)))
+
+
+def format_rate(value: Optional[float], interval: Optional[list[float]] = None) -> str:
+    """Write a rate in per cent, with its 95 % confidence interval."""
+    if value is None:
+        return "not computed"
+    return f"{value:.1%}" + (f" (95% CI {100 * interval[0]:.1f}–{interval[1]:.1%})" if interval else "")

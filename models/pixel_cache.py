@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.detector import read_image, take_fingerprint, to_brightness
+from models.images import read_image, take_fingerprint, to_brightness
 
 CACHE_FORMAT = 3  # changes when read_image comes to give other pixels
 DISK_RESERVE = 1e9  # bytes of the disk that the cache leaves free, for checkpoints

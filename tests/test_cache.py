@@ -12,7 +12,7 @@ import torch
 from conftest import EVALUATOR, QUICK, TRAINER, make_image, make_project, run, run_process, write_csv
 from PIL import Image
 
-from models import detector, pixel_cache
+from models import images, pixel_cache
 
 SIZE = 32
 IMAGES = 20
@@ -41,9 +41,9 @@ def count_kept(cache):
 
 def assert_right(cache, paths):
     for path in paths:
-        expected = detector.read_image(path, cache.size)
+        expected = images.read_image(path, cache.size)
         assert torch.equal(cache.read(path), expected)
-        assert cache.entries[path].fingerprint == detector.take_fingerprint(expected.numpy())
+        assert cache.entries[path].fingerprint == images.take_fingerprint(expected.numpy())
 
 
 def test_second_run_reads_nothing(paths, tmp_path, capsys):
@@ -225,7 +225,7 @@ def test_fast_decoding_keeps_within_a_grey_level_of_the_slow_way(tmp_path):
         Image.fromarray(levels).convert("RGB").convert(mode).save(tmp_path / "a.png")
         with Image.open(tmp_path / "a.png") as image:
             slow = np.asarray(image.convert("RGB").resize((224, 224), Image.BILINEAR)).astype(int)
-        fast = detector.read_image(str(tmp_path / "a.png"), 224).permute(1, 2, 0).numpy().astype(int)
+        fast = images.read_image(str(tmp_path / "a.png"), 224).permute(1, 2, 0).numpy().astype(int)
         assert np.abs(fast - slow).mean() < 0.1
         assert np.abs(fast - slow).max() <= 1
 

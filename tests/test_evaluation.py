@@ -9,8 +9,9 @@ import torch
 from conftest import EVALUATOR, assert_refused, read_csv, read_summary, run, write_csv
 from PIL import Image
 
-import evaluate_deepfake_model as evaluator
-from models.detector import CLASSES, make_network, parse_table
+from models import tables
+from models.detector import CLASSES, make_network
+from models.tables import parse_table
 
 CHECKPOINT = "models/experiments/best_laundered_processed.pth"
 
@@ -108,7 +109,7 @@ def test_format_of_the_csv_is_kept(newline, delimiter, bom, end, tmp_path):
     content = bom + (newline.join(lines) + newline * end).encode()
     rows, found = parse_table(content, tmp_path, "utf-8")
     assert (found, rows[2]) == (delimiter, [])
-    assert evaluator.format_table(rows, found, content, "utf-8") == content
+    assert tables.format_table(rows, found, content, "utf-8") == content
 
 
 def test_second_run_changes_nothing(judged):
@@ -169,12 +170,12 @@ def test_broken_csv_does_not_cost_the_others_their_work(judged):
 
 @pytest.mark.parametrize("word", ["deepfake", " Deepfake ", "SPOOF", "fake"])
 def test_words_for_deepfake(word):
-    assert evaluator.parse_label(word, "a.csv", 1) == "Deepfake"
+    assert tables.parse_label(word, "a.csv", 1) == "Deepfake"
 
 
 @pytest.mark.parametrize("word", ["Original", "bonafide", "Bona  Fide", "real\n", "genuine"])
 def test_words_for_original(word):
-    assert evaluator.parse_label(word, "a.csv", 1) == "Original"
+    assert tables.parse_label(word, "a.csv", 1) == "Original"
 
 
 def test_only_broken_csvs_end_with_2_in_one_line(judged):

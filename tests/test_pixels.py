@@ -6,7 +6,7 @@ import torch
 from conftest import EVALUATOR, QUICK, TRAINER, make_project, read_csv, run, write_csv
 from PIL import Image
 
-from models import detector
+from models import images
 
 RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
 COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=2)
@@ -43,7 +43,7 @@ def test_every_mode_gives_the_expected_pixels(mode, tmp_path):
     expected = save_in_mode(mode, path).astype(int)
     with Image.open(path) as image:
         assert image.mode == mode or (mode, image.mode) == ("I;16", "I")
-    pixels = detector.read_image(str(path), 64)
+    pixels = images.read_image(str(path), 64)
     assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 64, 64))
     tolerance = 4 if mode == "CMYK" else 0
     assert np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - expected).max() <= tolerance
@@ -51,13 +51,13 @@ def test_every_mode_gives_the_expected_pixels(mode, tmp_path):
 
 def test_big_sixteen_bit_values_are_scaled_not_clipped(tmp_path):
     Image.fromarray(np.array([[0, 257, 32896, 65535]] * 4, np.uint16)).save(tmp_path / "a.png")
-    assert detector.read_image(str(tmp_path / "a.png"), 4)[0, 0].tolist() == [0, 1, 128, 255]
+    assert images.read_image(str(tmp_path / "a.png"), 4)[0, 0].tolist() == [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4000, 3000), (64, 7)])
 def test_every_size_is_resized(size, tmp_path):
     Image.new("RGB", size, (10, 200, 90)).save(tmp_path / "a.png")
-    pixels = detector.read_image(str(tmp_path / "a.png"), 48)
+    pixels = images.read_image(str(tmp_path / "a.png"), 48)
     assert pixels.shape == (3, 48, 48)
     assert (pixels == torch.tensor([10, 200, 90])[:, None, None]).all()
 
@@ -65,7 +65,7 @@ def test_every_size_is_resized(size, tmp_path):
 def test_floating_point_images_are_refused_with_a_reason(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="save it with 8 or 16 bits"):
-        detector.read_image(str(tmp_path / "a.tif"), 8)
+        images.read_image(str(tmp_path / "a.tif"), 8)
 
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
@@ -90,7 +90,7 @@ def test_transparent_margins_are_seen_on_white(tmp_path):
     figure = np.dstack([COLOUR, np.where(RAMP > 100, 255, 0).astype(np.uint8)])
     figure[RAMP <= 100, :3] = (200, 0, 0)  # hidden under the transparency
     Image.fromarray(figure, "RGBA").save(tmp_path / "a.png")
-    pixels = detector.read_image(str(tmp_path / "a.png"), 64).permute(1, 2, 0).numpy()
+    pixels = images.read_image(str(tmp_path / "a.png"), 64).permute(1, 2, 0).numpy()
     assert (pixels[RAMP <= 100] == 255).all()
     assert (pixels[RAMP > 100] == COLOUR[RAMP > 100]).all()
 
@@ -102,7 +102,6 @@ def test_fingerprint_survives_saving_anew_and_tells_images_apart(tmp_path):
     other[3, 5, 1] += 1
     Image.fromarray(other).save(tmp_path / "c.png")
     prints = [
-        detector.take_fingerprint(detector.read_image(str(tmp_path / n), 64).numpy())
-        for n in ("a.png", "b.bmp", "c.png")
+        images.take_fingerprint(images.read_image(str(tmp_path / n), 64).numpy()) for n in ("a.png", "b.bmp", "c.png")
     ]
     assert prints[0] == prints[1] != prints[2]

@@ -25,7 +25,7 @@ from conftest import (
 )
 from PIL import Image, PngImagePlugin
 
-from models import detector, report
+from models import detector, figures, images
 
 CHECKPOINT = "models/experiments/best_laundered_processed.pth"
 
@@ -83,11 +83,11 @@ def test_activation_map_lights_up_where_the_image_differs():
         pixels[:, 20:60, 180:240] = 255
         kept = []
         hook = model.layer4.register_forward_hook(lambda *results: kept.append(results[-1][0]))
-        model(detector.to_input(pixels[None].float(), **facts, white=255))
+        model(images.to_input(pixels[None].float(), **facts, white=255))
         hook.remove()
         contrast = kept[0][:, :2, 5:].mean((1, 2)) - kept[0][:, 4:, :4].mean((1, 2))
         model.fc.weight.copy_(torch.stack([contrast, -contrast]))
-    found = report.map_activations(detector.Detector(model, facts), pixels)
+    found = figures.map_activations(detector.Detector(model, facts), pixels)
     assert (found.shape, found.max()) == ((256, 256), 1)
     assert found[10:70, 170:250].mean() > 2 * found[128:, :128].mean()
 
@@ -95,7 +95,7 @@ def test_activation_map_lights_up_where_the_image_differs():
 def test_learning_curves_are_drawn():
     row = {"train_loss": 0.5, "val_loss": 0.4, "val_balanced_accuracy": 0.8, "val_auc": 0.9}
     history = [{**row, "epoch": epoch} for epoch in (1, 2, 3)]
-    assert_picture(report.draw_learning_curves(history, 2), (1320, 480))
+    assert_picture(figures.draw_learning_curves(history, 2), (1320, 480))
 
 
 # ---- Recordings and the page

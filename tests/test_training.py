@@ -21,7 +21,8 @@ from conftest import (
 from PIL import Image
 
 import train_deepfake_detector as trainer
-from models import dataset, detector
+from models import checks, dataset, detector, tables
+from models.images import IMAGENET_MEAN, IMAGENET_STD, learn_colours
 from models.pixel_cache import LOOKS, PixelCache
 from models.runtime import Team
 
@@ -78,7 +79,7 @@ def test_checkpoint_holds_plain_types_and_every_fact(trained):
     )
     assert best["classes"] == ["Deepfake", "Original"]
     assert (best["image_size"], best["recording_pattern"]) == (32, trainer.RECORDING_PATTERN)
-    assert (best["mean"], best["std"]) == (list(detector.IMAGENET_MEAN), list(detector.IMAGENET_STD))
+    assert (best["mean"], best["std"]) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
     assert best["initial_weights"] == "random (PRETRAINED = None)"
     assert best["settings"]["LEARNING_RATE"] == 1e-3
     assert {tensor.dtype for tensor in best["state_dict"].values()} == {torch.float32, torch.int64}
@@ -312,7 +313,7 @@ def test_augmentation_stays_on_the_colour_map():
     magma = torch.tensor(colormaps["magma"](np.linspace(0, 1, 256))[:, :3], dtype=torch.float32)
     levels = torch.randint(0, 256, (8, 48, 48), generator=torch.Generator().manual_seed(0))
     images = magma[levels].permute(0, 3, 1, 2)
-    learnt = detector.learn_colours([((image * 255).round().byte(), 0) for image in images])
+    learnt = learn_colours([((image * 255).round().byte(), 0) for image in images])
     changed = trainer.augment(images, learnt, 1.0, torch.Generator().manual_seed(1)).permute(0, 2, 3, 1).reshape(-1, 3)
     distance = torch.cdist(changed[::50], magma).min(1).values
     assert distance.median() < 0.02
@@ -339,7 +340,7 @@ def make_looks(seed=0, images=400):
 
 
 def test_shortcut_check_is_silent_where_nothing_tells_the_class(capsys):
-    results = dataset.check_shortcuts(*make_looks())
+    results = checks.check_shortcuts(*make_looks())
     assert set(results) == {*LOOKS, "all together"}
     assert max(results.values()) < 0.65
     assert not capsys.readouterr().out
@@ -349,14 +350,14 @@ def test_shortcut_check_is_silent_where_nothing_tells_the_class(capsys):
 def test_shortcut_check_names_what_tells_the_class(place, capsys):
     looks, labels, groups = make_looks()
     looks[:, place] += labels * 3 * (looks[:, place].std() or 1)
-    results = dataset.check_shortcuts(looks, labels, groups)
+    results = checks.check_shortcuts(looks, labels, groups)
     assert results[LOOKS[place]] > 0.9
     assert LOOKS[place] in capsys.readouterr().out
 
 
 def test_shortcut_check_needs_two_recordings_of_each_class():
     looks, labels, _ = make_looks(images=6)
-    assert dataset.check_shortcuts(looks, labels, np.array([0, 1, 0, 1, 0, 1])) is None
+    assert checks.check_shortcuts(looks, labels, np.array([0, 1, 0, 1, 0, 1])) is None
 
 
 def test_trainer_warns_of_images_of_another_size_in_one_class(project):
@@ -428,7 +429,7 @@ def test_equal_names_in_different_folders_are_said_and_a_pattern_tells_them_apar
     ],
 )
 def test_recordings_are_named_by_file_or_folder(tmp_path, pattern, path, name):
-    assert detector.name_recording(str(tmp_path / path), tmp_path, pattern) == name
+    assert tables.name_recording(str(tmp_path / path), tmp_path, pattern) == name
 
 
 def test_class_that_is_held_out_whole_is_named(project):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.models import resnet
 
-import evaluate_deepfake_model as evaluator
+from models import tables
 
 CHECKPOINT = "models/experiments/best_laundered_processed.pth"
 OURS = ("img_path", "actual_output", "predicted_output", "deepfake_score")
@@ -45,18 +45,18 @@ def test_every_other_cell_of_any_csv_reads_back_the_same(names, lines, delimiter
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "list.csv"
         path.write_bytes((mark + buffer.getvalue()).encode())
-        job = evaluator.read_job(path, path.name, Path(folder), "utf-8")
+        job = tables.read_job(path, path.name, Path(folder), "utf-8")
         assert job.rows == rows
         llr = {job.images[number]: -1.5 for number in list(job.images)[:3]}
-        evaluator.write_predictions(job, llr, "utf-8")
+        tables.write_predictions(job, llr, "utf-8")
         once = path.read_bytes()
-        again = evaluator.read_job(path, path.name, Path(folder), "utf-8")
+        again = tables.read_job(path, path.name, Path(folder), "utf-8")
         places = [index for index, name in enumerate(again.rows[0]) if name not in OURS[2:]]
         width = len(rows[0])
         for before, after in zip(rows, again.rows):
             assert [after[index] for index in places] == before + [""] * (width - len(before))
         assert once.decode().startswith(mark)
-        evaluator.write_predictions(again, llr, "utf-8")
+        tables.write_predictions(again, llr, "utf-8")
         assert path.read_bytes() == once
 
 

@@ -114,15 +114,13 @@ def run_fold(data_dir: Path, test_dir: Path, test: list[list[str]], constants: d
         target = copy_script(folder, script, **changes)
         if SMALL:
             module = folder / "models/detector.py"
-            text = module.read_text().replace(
-                "return resnet18(num_classes", "return ResNet(BasicBlock, [1] * 4, num_classes"
-            )
-            module.write_text(
-                text.replace(
-                    "import ResNet, resnet18",
-                    "import ResNet, resnet18\nfrom torchvision.models.resnet import BasicBlock",
-                )
-            )
+            text = module.read_text()
+            for old, new in (
+                ("import resnet18", "import ResNet\n    from torchvision.models.resnet import BasicBlock"),
+                ("return resnet18(", "return ResNet(BasicBlock, [1] * 4, "),
+            ):
+                text = text.replace(old, new)
+            module.write_text(text)
         done = subprocess.run([sys.executable, str(target)], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"{script} ended with {done.returncode}:\n{done.stdout}")

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().par
 from conftest import EVALUATOR, TRAINER, copy_script  # noqa: E402
 from speed import measure_memory_mb  # noqa: E402
 
-import evaluate_deepfake_model as evaluator  # noqa: E402
+from models import detector  # noqa: E402
 
 COUNTS = (10_000, 50_000, 200_000)
 SOURCES = 500  # different images; the others are links to them
@@ -92,7 +92,7 @@ def measure(folder: Path, count: int) -> list[float]:
     device, images = find_moment(moments, "Device:"), find_moment(moments, "Images below")
     read, start = find_moment(moments, "Read "), find_moment(moments, "Start:")
     cache = sum(path.stat().st_size for path in (folder / "models/cache").iterdir()) / 1e6
-    facts = {**evaluator.BARE_FACTS, "image_size": 64, "format": evaluator.CHECKPOINT_FORMAT}
+    facts = {**detector.BARE_FACTS, "image_size": 64, "format": detector.CHECKPOINT_FORMAT}
     torch.save({**facts, "state_dict": resnet18(num_classes=2).state_dict()}, folder / "model.pth")
     settings = {"MODEL_PATH": "model.pth", "CSV_FILES": ["list.csv"]}
     script = copy_script(folder, EVALUATOR, **settings)

@@ -121,7 +121,6 @@ def evaluate_plainly(folder: Path) -> dict:
 
 def run_bare(folder: Path) -> dict:
     """Take an epoch's steps, then score as many images, on random tensors."""
-    import evaluate_deepfake_model as evaluator
     import train_deepfake_detector as trainer
     from models import detector, runtime
 
@@ -157,7 +156,7 @@ def run_bare(folder: Path) -> dict:
         step()
     score(model.eval(), in_val)
     epoch_s = time.perf_counter() - started
-    fused = evaluator.fuse_norms(model).to(memory_format=torch.channels_last)
+    fused = detector.fuse_norms(model).to(memory_format=torch.channels_last)
     score(fused, 32)
     started = time.perf_counter()
     score(fused, count)

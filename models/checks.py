@@ -1,0 +1,158 @@
+"""Can a result be believed? Leak, format and shortcut checks, and the caveats that follow from them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Optional
+
+import numpy as np
+import torch
+
+from models.detector import CLASSES
+from models.images import compare_rendering, read_image, take_fingerprint
+from models.metrics import format_rate, measure_table
+from models.pixel_cache import LOOKS
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMAT_SAMPLE = 200  # images of a CSV that the format check looks at
+UNLIKE_FRACTION = 0.2  # so many of them may be rendered unlike the training images before it warns
+UNLIKE_SHIFT = 3  # Mahalanobis distance of their mean, likewise
+UNLIKE_FEW = 1.5  # median distance of fewer than five images, in units of what 99 % of validation's keep, likewise
+SHORTCUT_AUC = 0.75  # above it the class can be predicted without the voice
+
+
+def check_seen(table: pandas.DataFrame, facts: dict, fingerprints: dict[str, int]) -> Optional[dict]:
+    """Count the rows that were trained or validated on, as image or as another image of a recording; measure the rest.
+
+    Returns:
+        None where the checkpoint does not say what it has seen.
+    """
+    if "seen_images" not in facts:
+        return None
+    images, recordings = (set(facts[name].tolist()) for name in ("seen_images", "seen_recordings"))
+    as_image = np.array([fingerprints[path] in images for path in table["path"]])
+    as_recording = np.array([take_fingerprint(name.encode()) in recordings for name in table["recording"]])
+    rest = table[~(as_image | as_recording)]
+    return {
+        "rows_as_image": int(as_image.sum()),
+        "rows_as_recording": int((as_recording & ~as_image).sum()),
+        "without_them": measure_table(rest) if 0 < len(rest) < len(table) and rest["label"].all() else None,
+    }
+
+
+def check_format(paths: list[str], facts: dict) -> tuple[Optional[dict], set[str]]:
+    """Check, on a sample of readable images, whether they were rendered as the training images were.
+
+    Returns:
+        The fraction that lies further from the training images than 99 % of the validation images do, how far their
+        mean does, what differs most, in standard deviations, and a warning or ""; None where the checkpoint does not
+        say how the training images were rendered. The images that lie further.
+    """
+    chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(FORMAT_SAMPLE, len(paths))).astype(int)]
+    found = None
+    if chosen and "appearance" in facts:
+        pixels = torch.stack([read_image(path, facts["image_size"]) for path in chosen])
+        found = compare_rendering(pixels, facts["appearance"])
+    if found is None:
+        return None, set()
+    fraction = float((found.distances > 1).mean())
+    few = len(chosen) < 5  # one in a hundred lies beyond by chance: few images have to lie far beyond
+    is_unlike = np.median(found.distances) > UNLIKE_FEW if few else fraction > UNLIKE_FRACTION
+    warning = ""
+    if is_unlike or found.shift > UNLIKE_SHIFT:
+        largest = "; ".join(f"{name} {difference:+.1f}" for name, difference in list(found.differences.items())[:3])
+        warning = (
+            f"{fraction:.0%} of {len(chosen)} images were rendered unlike the training images (validation: 1%), and "
+            f"their mean lies {found.shift:.1f} from theirs (usual: below {UNLIKE_SHIFT}). Largest differences, in "
+            f"standard deviations: {largest}. Verdicts on them cannot be relied on"
+        )
+    entry = {
+        "images": len(chosen),
+        "share_unlike": fraction,
+        "shift": found.shift,
+        "largest_shifts": dict(list(found.differences.items())[:3]),
+        "warning": warning,
+    }
+    limit = UNLIKE_FEW if few else 1
+    return entry, {path for path, distance in zip(chosen, found.distances) if distance > limit and warning}
+
+
+def check_shortcuts(looks: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Optional[dict[str, float]]:
+    """Check whether image size or brightness alone predicts the class, and warn if so.
+
+    Args:
+        looks: float32, shape (images, 4), as LOOKS names them; labels: class indices; groups: as `group_images`.
+
+    Returns:
+        {feature, or "all together": area under the ROC curve of a logistic regression, cross-validated by group, 0.5 to
+        1}; None where there are too few groups.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    folds = min(5, *(len(np.unique(groups[labels == label])) for label in range(len(CLASSES))))
+    if folds < 2:
+        return None
+    regression = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
+    split = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    predict = partial(cross_val_predict, regression, y=labels, groups=groups, cv=split, method="decision_function")
+    columns = {**{name: [number] for number, name in enumerate(LOOKS)}, "all together": slice(None)}
+    results = {
+        name: max(0.5, float(roc_auc_score(labels, predict(looks[:, chosen])))) for name, chosen in columns.items()
+    }
+    predictive = [f"{name} {auc:.2f}" for name, auc in results.items() if auc > SHORTCUT_AUC]
+    if predictive:
+        print(
+            f"WARNING: image size or brightness alone predicts the class (AUC: {', '.join(predictive)}): the network "
+            "may learn that instead of the voice"
+        )
+    return results
+
+
+def list_caveats(entry: dict) -> list[str]:
+    """List the reasons for which the measured error may not be what to expect."""
+    caveats, interval = [], entry["intervals_95"].get("eer")
+    if entry["seen"] is None:
+        caveats.append("the checkpoint does not record its training images, so train/test overlap could not be checked")
+    elif entry["seen"]["rows_as_image"] + entry["seen"]["rows_as_recording"]:
+        caveats.append("some of these images or their recordings were used in training (data leakage)")
+    if entry["format"] and entry["format"]["warning"]:
+        caveats.append("the images were rendered unlike the training images (see the format check)")
+    if interval and interval[1] - interval[0] > 0.05:
+        caveats.append("few recordings (wide confidence interval)")
+    if entry["rows_repeated"]:
+        caveats.append(f"{entry['rows_repeated']:,} rows repeat an image")
+    if entry["eer"] is not None and entry["half_total_error"] - entry["eer"] > 0.05:
+        caveats.append("the decision threshold, calibrated on validation, does not fit this set")
+    if max((entry["shortcuts"] or {"": 0}).values()) > SHORTCUT_AUC:
+        caveats.append("image size or brightness alone predicts the class of the training images (shortcut check)")
+    return [*caveats, "expect higher error on other voices, generators and channels"]
+
+
+def format_checks(entry: dict) -> list[str]:
+    """Write the results of the leak, format and shortcut checks, a sentence each."""
+    lines = []
+    if seen := entry["seen"]:
+        lines.append(
+            f"Leak check: {seen['rows_as_image']:,} rows were trained or validated on, "
+            f"{seen['rows_as_recording']:,} more show a recording that was"
+        )
+        if rest := seen["without_them"]:
+            rates = f"EER {format_rate(rest['eer'])}, accuracy {format_rate(rest['accuracy'])}"
+            lines.append(f"Without them: {rates}, {rest['rows_measured']:,} rows")
+    if entry["format"]:
+        fraction = f"{entry['format']['share_unlike']:.0%} of {entry['format']['images']:,} images"
+        lines.append(f"Format check: {fraction} were rendered unlike the training images (1 % of validation's are)")
+        lines += [entry["format"]["warning"]] * bool(entry["format"]["warning"])
+    if entry["shortcuts"]:
+        values = ", ".join(f"{name} {auc:.2f}" for name, auc in entry["shortcuts"].items())
+        lines.append(f"Shortcut check, AUC by which each predicts the class in training: {values}")
+    unchecked = {"seen": "leak", "shortcuts": "shortcut", "format": "format"}
+    if names := [name for key, name in unchecked.items() if entry[key] is None]:
+        lines.append(f"The checkpoint holds nothing for these checks: {', '.join(names)}")
+    return lines

@@ -1,0 +1,263 @@
+"""CSVs of images: read, resolved, written back with verdicts; lists of new images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple, Optional
+
+import numpy as np
+
+from models.runtime import write_file
+
+LABELS = {  # what actual_output may say, without regard to case and surrounding blanks
+    "Deepfake": ("deepfake", "spoof", "fake"),
+    "Original": ("original", "bonafide", "bona fide", "bona-fide", "real", "genuine"),
+}
+BLANK_LABELS = ("", "nan", "none")
+OUTPUTS = (  # <name>_<output> beside <name>.csv
+    *("scores.tsv", "key.tsv", "recordings.csv", "timeline.png", "report.txt", "report.html"),
+    *("curves.png", "conditions.png", "mistakes.png"),
+)
+
+
+class Job(NamedTuple):
+    """One CSV to judge."""
+
+    path: Path
+    name: str  # on the screen and in the summary
+    base: Path  # IMG_BASE_PATH
+    before: bytes  # what the file held when it was read
+    rows: list[list[str]]  # as they stand in it, header first
+    delimiter: str
+    images: dict[int, str]  # row number -> absolute path of its image; rows that are blank lines are missing
+    labels: Optional[dict[int, str]]  # row number -> class; rows with a blank label are missing; None: no such column
+
+    def name_output(self, what: str) -> Path:
+        """Name a file that belongs to this CSV: its stem, then `what`."""
+        return self.path.with_name(self.path.stem + what)
+
+
+def read_jobs(paths: list[Path], names: list[str], base: Path, encoding: str) -> tuple[list[Job], int]:
+    """Read all CSVs; name those that cannot be used. Returns the usable ones and the number of others.
+
+    Args:
+        names: how to call each on the screen.
+
+    Raises:
+        ValueError: none can be used, two would write the same report, or a report would overwrite an input.
+    """
+    jobs, reasons = [], []
+    for path, name in dict(zip(paths, names)).items():
+        try:
+            jobs.append(read_job(path, name, base, encoding))
+        except (ValueError, OSError) as error:
+            reasons.append(str(error))
+    outputs = {}
+    for job in jobs:
+        other = outputs.setdefault(job.path.with_suffix(""), job.path)
+        if other != job.path:
+            raise ValueError(f"{other} and {job.path} would write the same report: rename one")
+    if not jobs:
+        raise ValueError("; ".join(reasons) or "CSV_FILES is empty")
+    inputs = {os.path.realpath(path) for job in jobs for path in (job.path, *job.images.values())}
+    for job in jobs:
+        for what in (".predicted.csv", ".png", *(f"_{name}" for name in OUTPUTS)):
+            if os.path.realpath(path := job.name_output(what)) in inputs:
+                raise ValueError(f"the report on {job.path} would overwrite {path}, which is an input: rename one")
+    for reason in reasons:
+        print(f"left out: {reason}", file=sys.stderr)
+    return jobs, len(reasons)
+
+
+def read_job(path: Path, name: str, base: Path, encoding: str) -> Job:
+    """Read one CSV and check all of it before any image is read.
+
+    Raises:
+        ValueError: the file is missing, or not a CSV with a column img_path; a row has more cells than the header; a
+            label is unknown; the file or what belongs to it cannot be written.
+    """
+    if not path.is_file():
+        raise ValueError(f"CSV not found: {path}")
+    check_writable(path)
+    before = path.read_bytes()
+    rows, delimiter = parse_table(before, path, encoding)
+    columns, names = find_columns(rows[0]), [cell.strip(" ") for cell in rows[0]]
+    for column in ("img_path", "actual_output", "predicted_output", "deepfake_score"):
+        if names.count(column) > 1:
+            raise ValueError(f"{path} has {names.count(column)} columns named {column}")
+    job = Job(path, name, base, before, rows, delimiter, {}, {} if "actual_output" in columns else None)
+    for number, row in enumerate(rows[1:], 2):
+        if not any(cell.strip() for cell in row):
+            continue
+        if any(cell.strip() for cell in row[len(names) :]):
+            raise ValueError(f"{path}, row {number}: {len(row)} cells, but the header has {len(names)}")
+        cells = row + [""] * (len(names) - len(row))
+        cell = cells[columns["img_path"]]
+        job.images[number] = resolve_image(base, cell) if cell.strip() else ""
+        if job.labels is not None and (label := parse_label(cells[columns["actual_output"]], path, number)):
+            job.labels[number] = label
+    return job
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError if a CSV or what belongs to it cannot be written: better now than after hours."""
+    if len(os.fsencode(f"{path.stem}_recordings.csv")) > 250:
+        raise ValueError(f"{path}: the name is too long for the files that belong to it: rename it")
+    path = Path(os.path.realpath(path))
+    for entry in (path, path.parent):
+        bits_tell = os.name != "nt" or entry.is_file()  # on Windows a folder's read-only bit means something else
+        if not os.access(entry, os.W_OK) or (bits_tell and not entry.stat().st_mode & 0o222):
+            raise ValueError(f"{entry} is read-only, so that predictions cannot be written")
+
+
+def parse_table(content: bytes, path: Path, encoding: str) -> tuple[list[list[str]], str]:
+    """Parse a CSV as text: its rows, header first, and its delimiter (comma, semicolon or tab).
+
+    Raises:
+        ValueError: it is not a CSV in this encoding, or has no column img_path.
+    """
+    if content.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path} is an Excel workbook, not a CSV: save it as CSV UTF-8")
+    try:
+        text = content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeError as error:
+        where = getattr(error, "start", 0)
+        raise ValueError(f"{path} is not {encoding} (byte {where}): set CSV_ENCODING, or re-save it as UTF-8") from None
+    csv.field_size_limit(2**31 - 1)
+    headers = []
+    for blanks in ("", " "):  # a column of exactly this name in one delimiter comes before one with blanks in another
+        for delimiter in ",;\t":
+            try:
+                headers.append(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []))
+                if "img_path" in [name.strip(blanks) if blanks else name for name in headers[-1]]:
+                    # strict: a quote that is never closed would swallow the rows after it
+                    return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)), delimiter
+            except csv.Error as error:
+                raise ValueError(f"{path} is not a valid CSV: {error} (unbalanced quotes?)") from None
+    found = ", ".join(repr(name.strip()[:40]) for name in max(headers, key=len)[:20]) or "none"
+    raise ValueError(f"{path} has no column img_path; columns found: {found}")
+
+
+def find_columns(header: list[str]) -> dict[str, int]:
+    """Find the columns of a table by their names, blanks around them left out: {name: index}, the first of equals."""
+    return {name.strip(" "): index for index, name in reversed(list(enumerate(header)))}
+
+
+def parse_label(cell: str, path: Path, row: int) -> str:
+    """Parse a label: a class, or "" for a blank one.
+
+    Raises:
+        ValueError: the label is unknown.
+    """
+    word = " ".join(cell.lower().split())
+    if word in BLANK_LABELS:
+        return ""
+    for name, words in LABELS.items():
+        if word in words:
+            return name
+    allowed = ", ".join(word for words in LABELS.values() for word in words)
+    raise ValueError(f"{path}, row {row}: unknown actual_output {cell!r} (allowed: {allowed}, or blank)")
+
+
+def resolve_image(base: Path, cell: str) -> str:
+    """Resolve an img_path: slashes of either kind, relative to base; absolute paths and URLs stay."""
+    cell = cell.strip()
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", cell) or (os.name != "nt" and re.match(r"[A-Za-z]:[\\/]", cell)):
+        return cell
+    path = os.path.normpath(os.path.join(base, cell.replace("\\", "/")))
+    return os.fsdecode(path.encode("utf-8", "surrogateescape"))  # as os.walk spells it where names are not UTF-8
+
+
+def name_recording(path: str, base: Path, pattern: str) -> str:
+    """Name the recording that an image belongs to.
+
+    Args:
+        path: of the image.
+        base: the folder that holds the class folders.
+        pattern: RECORDING_PATTERN, searched in the file name without its suffix, then in the path below the class
+            folder (with forward slashes); group 1 is the recording. Without a match the file name is.
+    """
+    below = os.path.splitext(os.path.relpath(path, base).replace(os.sep, "/").partition("/")[2])[0]
+    stem = os.path.splitext(os.path.basename(path))[0]
+    match = re.search(pattern, stem) or re.search(pattern, below)
+    name = (match and match.group(1)) or stem
+    return os.fsencode(name).decode("utf-8", "replace")  # file names may hold bytes that are not text
+
+
+def format_table(rows: list[list[str]], delimiter: str, before: bytes, encoding: str) -> bytes:
+    """Write rows as CSV with the BOM, line endings and end of file that the file had before."""
+    text = before.decode(encoding)
+    line_end = text.find("\n")
+    newline = "\r\n" if text[line_end - 1 : line_end] == "\r" else "\n"
+    if line_end < 0 and "\r" in text:
+        newline = "\r"
+    lines = []  # before Python 3.13 a lone line break in a cell is quoted only where the terminator holds it
+    csv.writer(SimpleNamespace(write=lines.append), delimiter=delimiter, lineterminator="\r\n").writerows(rows)
+    after = "".join(line.removesuffix("\r\n") + newline for line in lines)
+    if not text.endswith(("\n", "\r")):
+        after = after[: -len(newline)]
+    return ((text[:1] if text.startswith("\ufeff") else "") + after).encode(encoding)
+
+
+def write_predictions(job: Job, llr: dict[str, float], encoding: str) -> tuple[Path, bytes]:
+    """Write predicted_output and deepfake_score back into the CSV; every other cell keeps its text.
+
+    A CSV that was changed since it was read is left alone, and <name>.predicted.csv written instead.
+
+    Args:
+        llr: {path: log-likelihood ratio}; rows of other paths stay blank.
+
+    Returns:
+        The file that was written, and its content.
+    """
+    from models.detector import name_verdicts, to_scores  # not above: the maker works without torch
+
+    values = np.array(list(llr.values()))
+    cells = {path: pair for path, *pair in zip(llr, name_verdicts(values), to_scores(values).tolist())}
+    header = list(job.rows[0])
+    header += [name for name in ("predicted_output", "deepfake_score") if name not in find_columns(header)]
+    columns, rows = find_columns(header), [header]
+    for number, row in enumerate(job.rows[1:], 2):
+        if number in job.images:
+            row = row[: len(job.rows[0])]  # surplus blanks
+            row += [""] * (len(header) - len(row))
+            verdict, score = cells.get(job.images[number], ("", None))
+            row[columns["predicted_output"]] = verdict
+            row[columns["deepfake_score"]] = "" if score is None else f"{score:.6f}"
+        rows.append(row)
+    content, path = format_table(rows, job.delimiter, job.before, encoding), job.path
+    if not path.is_file() or path.read_bytes() != job.before:
+        path = job.name_output(".predicted.csv")
+        print(f"{job.path} was changed during this run, and is left so: see {path}", file=sys.stderr)
+    try:
+        write_file(path, content)
+    except PermissionError as error:  # on Windows: it is open in another program
+        path = job.name_output(".predicted.csv")
+        print(f"{job.path} cannot be written ({error.strerror}), and is left as it is: see {path}", file=sys.stderr)
+        write_file(path, content)
+    return path, content
+
+
+def write_list(path: Path, header: list[str], rows: list[list[str]]) -> str:
+    """Write a CSV of images, unless it holds verdicts on other images. Returns what was done, "" for nothing."""
+    if path.exists():
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            old = list(csv.DictReader(file))
+        if [row.get("img_path") for row in old] == [row[0] for row in rows]:
+            return f"{path.name} already lists these {len(rows):,} images"
+        judged = {row.get("img_path") for row in old if row.get("predicted_output")}
+        if not judged <= {row[0] for row in rows}:
+            raise ValueError(f"{path} holds verdicts on other images: rename it, and run this script again")
+    if not rows and not path.exists():
+        return ""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, buffer.getvalue().encode())
+    return f"{path.name} lists {len(rows):,} images"
