@@ -17,20 +17,18 @@ About 160 images of 224 pixels a second on two cores, 30 figures of 2325x1155.
 from __future__ import annotations
 
 import copy
-import csv
 import datetime
 import hashlib
-import io
 import json
 import math
 import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 import torch
@@ -38,12 +36,12 @@ from torch import nn
 from tqdm import tqdm
 
 from models import figures, report, runtime
-from models.checks import UNLIKE_FRACTION, check_format, check_seen, format_checks
-from models.detector import Detector, fuse_norms, load_detector, name_verdicts, to_scores
-from models.images import read_image, read_span, take_fingerprint, to_input
+from models.checks import UNLIKE_FRACTION, check_format, check_seen
+from models.detector import Detector, Score, fuse_norms, load_detector, name_verdicts, to_scores
+from models.images import count_seconds, read_image, take_fingerprint, to_input
 from models.metrics import REPORT_ORDER, measure, measure_conditions, measure_table
 from models.runtime import Compute, Team, write_file
-from models.tables import OUTPUTS, Job, find_columns, name_recording, read_jobs, write_predictions
+from models.tables import OUTPUTS, Job, find_columns, format_csv, name_recording, read_jobs, write_predictions
 
 if TYPE_CHECKING:
     import pandas
@@ -78,15 +76,6 @@ RULES = {
 }
 
 
-class Scores(NamedTuple):
-    """What was found out about each image, by its path."""
-
-    margins: dict[str, float]  # logit Deepfake - logit Original
-    llr: dict[str, float]  # calibrated log-likelihood ratio, higher = more bona fide
-    fingerprints: dict[str, int]
-    unreadable: dict[str, str]  # the reasons why
-
-
 # ---- Scores
 
 
@@ -117,16 +106,16 @@ def read_batches(paths: list[str], size: int, batch_size: int, threads: int, ahe
 
 
 @torch.inference_mode()
-def score_images(paths: list[str], model: Detector, compute: Compute, settings: dict, team: Team) -> Scores:
-    """Score each image once, the ranks of a team each their part. Returns all results on all ranks."""
+def score_images(paths: list[str], model: Detector, compute: Compute, settings: dict, team: Team) -> dict[str, Score]:
+    """Score each image once, the ranks of a team each their part. Returns all results, by path, on all ranks."""
     started, total, facts = time.perf_counter(), len(paths), model.facts
-    paths, scores = team.take_part(paths), Scores({}, {}, {}, {})
+    paths, about = team.take_part(paths), []
     network = fuse_norms(copy.deepcopy(model.model)).to(compute.device, memory_format=torch.channels_last)
     head, network.fc = network.fc, nn.Identity()  # in float32: bfloat16 logits would tie
     fake = facts["classes"].index("Deepfake")
     threads = max(1, runtime.choose_workers(settings["WORKERS"], team.local_size))
     ahead = 2 if compute.device.type == "cuda" else 0
-    blank, done = torch.zeros(3, facts["image_size"], facts["image_size"], dtype=torch.uint8), 0
+    blank = torch.zeros(3, facts["image_size"], facts["image_size"], dtype=torch.uint8)
     margins = torch.empty(len(paths), device=compute.device)  # filled in place: the GPU need not be waited for
     with tqdm(total=len(paths), desc="Judging images", unit=" images", disable=None) as progress:
         for batch in read_batches(paths, facts["image_size"], settings["BATCH_SIZE"], threads, ahead):
@@ -135,23 +124,16 @@ def score_images(paths: list[str], model: Detector, compute: Compute, settings: 
             with compute.autocast():
                 features = network(inputs)
             logits = head(features.float())
-            margins[done : done + len(batch)] = logits[:, fake] - logits[:, 1 - fake]
-            for path, (_, fingerprint, reason) in zip(paths[done : done + len(batch)], batch):
-                scores.fingerprints[path] = fingerprint
-                if reason:
-                    scores.unreadable[path] = reason
-            done += len(batch)
+            margins[len(about) : len(about) + len(batch)] = logits[:, fake] - logits[:, 1 - fake]
+            about += [(fingerprint, reason) for _, fingerprint, reason in batch]
             progress.update(len(batch))
     scale, offset = facts["calibration"]["scale"], facts["calibration"]["offset"]
-    for path, margin in zip(paths, margins.tolist()):
+    scores = {}
+    for path, margin, (fingerprint, reason) in zip(paths, margins.tolist(), about):
         if not math.isfinite(margin):
-            scores.unreadable.setdefault(path, "the network's output is not finite")
-        if path not in scores.unreadable:
-            scores.margins[path], scores.llr[path] = margin, -(scale * margin + offset)
-    everything = Scores({}, {}, {}, {})
-    for part in team.gather(scores):
-        for whole, some in zip(everything, part):
-            whole.update(some)
+            reason = reason or "the network's output is not finite"
+        scores[path] = Score(margin, -(scale * margin + offset), fingerprint, reason)
+    everything = {path: score for part in team.gather(scores) for path, score in part.items()}
     print(f"Judged {total:,} images in {time.perf_counter() - started:.2f} s")
     return everything
 
@@ -159,7 +141,7 @@ def score_images(paths: list[str], model: Detector, compute: Compute, settings: 
 # ---- Tables of results
 
 
-def choose_rows(job: Job, scores: Scores, facts: dict, report_by: tuple[str, ...]) -> pandas.DataFrame:
+def choose_rows(job: Job, scores: dict[str, Score], facts: dict, report_by: tuple[str, ...]) -> pandas.DataFrame:
     """Choose the rows with a score, as a table: what is measured is measured on those with a label.
 
     Returns:
@@ -171,175 +153,134 @@ def choose_rows(job: Job, scores: Scores, facts: dict, report_by: tuple[str, ...
     columns = {name: columns[name] for name in report_by if name in columns}
     table = []
     for number, path in job.images.items():
-        if path in scores.llr:
+        if not scores[path].reason:
             row = job.rows[number - 1]
-            cells = {name: row[column] if column < len(row) else "" for name, column in columns.items()}
+            cells = [row[column] if column < len(row) else "" for column in columns.values()]
+            recording = name_recording(path, job.base, facts["recording_pattern"])
             label = (job.labels or {}).get(number, "")
-            about = {
-                "path": path,
-                "recording": name_recording(path, job.base, facts["recording_pattern"]),
-                "label": label,
-            }
-            table.append({**cells, **about, "llr": scores.llr[path], "margin": scores.margins[path]})
+            table.append([*cells, path, recording, label, scores[path].llr, scores[path].margin])
     table = pandas.DataFrame(table, columns=[*columns, "path", "recording", "label", "llr", "margin"])
     table["is_fake"] = table["label"] == "Deepfake"
     return table
 
 
-def merge_recordings(table: pandas.DataFrame, columns: tuple[str, ...]) -> pandas.DataFrame:
-    """Merge the images of each recording and label (and value of the columns): mean of their log-likelihood ratios."""
-    keys = ["recording", *(column for column in columns if column in table), "label", "is_fake"]
-    merged = table.groupby(keys, sort=False, as_index=False).agg(
-        parts=("llr", "size"), llr=("llr", "mean"), paths=("path", list)
-    )
-    merged["verdict"] = name_verdicts(merged["llr"].to_numpy(float))
-    return merged
-
-
-def describe_recordings(merged: pandas.DataFrame, unlike: set[str], facts: dict) -> pandas.DataFrame:
-    """Add to merged recordings what a verdict on each should be read with.
+def describe_recordings(
+    table: pandas.DataFrame, report_by: tuple[str, ...], unlike: set[str], facts: dict
+) -> pandas.DataFrame:
+    """Merge the images of each recording and label (and value of the columns): mean of their log-likelihood ratios.
 
     Args:
         unlike: the images that are rendered unlike the training images.
 
     Returns:
-        Columns recording, those of REPORT_BY, actual_output, predicted_output, deepfake_score, llr, parts, seconds,
-        originals_below and deepfakes_above (fractions of the validation recordings beyond this score; blank: unknown),
-        rendering ("" or "differs").
+        Columns recording, those of REPORT_BY, label, is_fake, parts, llr, paths, predicted_output,
+        deepfake_score, seconds, originals_below and deepfakes_above (fractions of the validation recordings beyond
+        this score; blank: unknown), rendering ("" or "differs").
     """
-    beyond = facts.get("validation_scores")
-    table = merged.drop(columns=["is_fake", "paths"])
-    table = table.rename(columns={"label": "actual_output", "verdict": "predicted_output"})
-    table["deepfake_score"] = to_scores(table["llr"].to_numpy(float))
-    table["seconds"] = [count_seconds(paths) for paths in merged["paths"]]
+    keys = ["recording", *(column for column in report_by if column in table), "label", "is_fake"]
+    groups = table.groupby(keys, sort=False, as_index=False)
+    merged = groups.agg(parts=("llr", "size"), llr=("llr", "mean"), paths=("path", list))
+    llr, beyond = merged["llr"].to_numpy(float), facts.get("validation_scores")
+    merged["predicted_output"] = name_verdicts(llr)
+    merged["deepfake_score"] = to_scores(llr)
+    merged["seconds"] = [count_seconds(paths) for paths in merged["paths"]]
     for name, label, side in (("originals_below", "Original", 1), ("deepfakes_above", "Deepfake", -1)):
         values = beyond[label].numpy() * side if beyond else None
-        table[name] = [float((values <= side * llr).mean()) if beyond else "" for llr in table["llr"]]
+        merged[name] = [float((values <= side * value).mean()) if beyond else "" for value in merged["llr"]]
     differs = [sum(path in unlike for path in paths) > UNLIKE_FRACTION * len(paths) for paths in merged["paths"]]
-    table["rendering"] = np.where(differs, "differs", "")
-    return table
+    merged["rendering"] = np.where(differs, "differs", "")
+    return merged
 
 
-def count_seconds(paths: list[str]) -> Optional[float]:
-    """Count the seconds of a recording that its images show; None where the images do not say."""
-    spans = [read_span(path) for path in paths]
-    if None in spans:
-        return None
-    total, end = 0.0, 0.0
-    for start_s, stop_s in sorted(spans):
-        total, end = total + max(0.0, stop_s - max(start_s, end)), max(end, stop_s)
-    return round(total, 2)
-
-
-# ---- Report
-
-
-def write_scores(job: Job, table: pandas.DataFrame, llr: dict[str, float]) -> list[Path]:
-    """Write the score file, and where there are labels the key, in ASVspoof 5's form."""
-    column = find_columns(job.rows[0])["img_path"]
-    names = {}  # path -> its first spelling
-    for number, path in job.images.items():
-        if path in llr:
-            names.setdefault(path, job.rows[number - 1][column])
-    truth = {path: label == "Deepfake" for path, label in zip(table["path"], table["label"]) if label}
-    scores = [["filename", "cm-score"]] + [[name, repr(llr[path])] for path, name in names.items()]
-    key = [["filename", "cm-label"]]
-    key += [[name, "spoof" if truth[path] else "bonafide"] for path, name in names.items() if path in truth]
-    written = []
-    for what, rows in (("scores", scores), ("key", key)):
-        if len(rows) > 1:
-            buffer = io.StringIO(newline="")
-            csv.writer(buffer, delimiter="\t", lineterminator="\n").writerows(rows)
-            written.append(job.name_output(f"_{what}.tsv"))
-            write_file(written[-1], buffer.getvalue().encode())
-    return written
-
-
-def measure_job(job: Job, table: pandas.DataFrame, scores: Scores, model: Detector, settings: dict) -> dict:
-    """Measure the labelled rows of one CSV. Returns its entry for the summary, without the report's text."""
+def measure_job(job: Job, rows: pandas.DataFrame, recordings: pandas.DataFrame, report_by: tuple[str, ...]) -> dict:
+    """Measure the labelled rows of one CSV. Returns its entry for the summary, without checks and the report's text."""
     from sklearn.metrics import classification_report, confusion_matrix
 
-    merged = merge_recordings(table, settings["REPORT_BY"])
-    is_fake, verdicts = table["is_fake"].to_numpy(bool), name_verdicts(table["llr"].to_numpy(float))
-    names = {"labels": list(REPORT_ORDER), "zero_division": 0}
-    counts = confusion_matrix(table["label"], verdicts, labels=list(REPORT_ORDER))
-    raw = measure(-table["margin"].to_numpy(float), is_fake)
+    table, recordings = (some[some["label"] != ""] for some in (rows, recordings))
+    verdicts, order = name_verdicts(table["llr"].to_numpy(float)), list(REPORT_ORDER)
+    raw = measure(-table["margin"].to_numpy(float), table["is_fake"].to_numpy(bool))
+    counts = confusion_matrix(table["label"], verdicts, labels=order)
+    of_classes = {"labels": order, "zero_division": 0, "output_dict": True}
     return {
         "file": job.name,
         "report": "",
         "rows": len(job.images),
-        "rows_without_verdict": sum(path not in scores.llr for path in job.images.values()),
+        "rows_without_verdict": len(job.images) - len(rows),
         "rows_repeated": len(job.images) - len(set(job.images.values())),
-        "labels": {name: int((table["label"] == name).sum()) for name in REPORT_ORDER},
+        "labels": {name: int((table["label"] == name).sum()) for name in order},
         **measure_table(table),
-        "eer_by_recording": measure(merged["llr"].to_numpy(float), merged["is_fake"].to_numpy(bool))["eer"],
+        "eer_by_recording": measure(recordings["llr"].to_numpy(float), recordings["is_fake"].to_numpy(bool))["eer"],
         "before_calibration": {name: raw[name] for name in ("act_dcf", "cllr", "ece")},
-        "confusion_matrix": {"order": list(REPORT_ORDER), "counts": counts.tolist()},
-        "classification_report": classification_report(table["label"], verdicts, output_dict=True, **names),
-        "by_condition": measure_conditions(table, tuple(settings["REPORT_BY"])),
-        "shortcuts": model.facts.get("shortcuts"),
-        "seen": check_seen(table, model.facts, scores.fingerprints),
+        "confusion_matrix": {"order": order, "counts": counts.tolist()},
+        "classification_report": classification_report(table["label"], verdicts, **of_classes),
+        "by_condition": measure_conditions(table, report_by),
     }
 
 
-def report_job(job: Job, scores: Scores, model: Detector, settings: dict, origin: dict) -> Optional[dict]:
-    """Write all that belongs to one CSV. Returns its entry for the summary; None where nothing can be measured."""
-    from sklearn.metrics import classification_report
+# ---- Output
 
-    rows = choose_rows(job, scores, model.facts, settings["REPORT_BY"])
-    files = dict.fromkeys(write_scores(job, rows, scores.llr))
-    look, unlike = check_format(
-        [path for path in dict.fromkeys(job.images.values()) if path in scores.llr], model.facts
-    )
+
+def format_scores(job: Job, table: pandas.DataFrame) -> dict[str, bytes]:
+    """Write the score file, and where there are labels the key, in ASVspoof 5's form."""
+    column = find_columns(job.rows[0])["img_path"]
+    names = {}  # path -> its first spelling
+    for number, path in job.images.items():
+        names.setdefault(path, job.rows[number - 1][column])
+    llr = dict(zip(table["path"], table["llr"]))
+    truth = {path: label for path, label in zip(table["path"], table["label"]) if label}
+    words = {"Deepfake": "spoof", "Original": "bonafide"}
+    scores = [[names[path], repr(value)] for path, value in llr.items()]
+    key = [[names[path], words[truth[path]]] for path in llr if path in truth]
+    files = {"_scores.tsv": [["filename", "cm-score"], *scores], "_key.tsv": [["filename", "cm-label"], *key]}
+    return {what: format_csv(rows, "\t") for what, rows in files.items() if len(rows) > 1}
+
+
+def report_job(
+    job: Job, scores: dict[str, Score], model: Detector, report_by: tuple[str, ...], origin: dict
+) -> Optional[dict]:
+    """Write all that belongs to one CSV. Returns its entry for the summary; None where nothing can be measured."""
+    rows, entry = choose_rows(job, scores, model.facts, report_by), None
+    labelled = rows[rows["label"] != ""]
+    look, unlike = check_format(rows["path"].unique().tolist(), model.facts)
     if look and look["warning"]:
         print(f"WARNING: {job.name}: {look['warning']}")
-    merged = merge_recordings(rows, settings["REPORT_BY"])
-    recordings = describe_recordings(merged, unlike, model.facts)
-    if len(merged) < len(rows) or (job.labels is None and len(rows)):
-        files[job.name_output("_recordings.csv")] = recordings.to_csv(index=False).encode()
-        files[job.name_output("_timeline.png")] = figures.draw_timelines(merged, dict(zip(rows["path"], rows["llr"])))
-    table, entry = rows[rows["label"] != ""], None
-    if len(table):
-        entry = {**measure_job(job, table, scores, model, settings), "format": look}
-        verdicts, names = (
-            name_verdicts(table["llr"].to_numpy(float)),
-            {"labels": list(REPORT_ORDER), "zero_division": 0},
-        )
-        text = classification_report(table["label"], verdicts, digits=4, **names).rstrip()
-        entry["report"] = report.format_report(entry, text)
-        files[job.name_output("_report.txt")] = entry["report"].encode()
-        pictures = {".png": figures.draw_confusion(job.path.stem, np.array(entry["confusion_matrix"]["counts"]))}
-        pictures["_mistakes.png"] = figures.draw_mistakes(table, model)
+    seen = check_seen(labelled if len(labelled) else rows, model.facts, scores)
+    checked = {"shortcuts": model.facts.get("shortcuts"), "seen": seen, "format": look}
+    recordings = describe_recordings(rows, report_by, unlike, model.facts)
+
+    files = format_scores(job, rows)
+    if len(recordings) < len(rows) or (job.labels is None and len(rows)):
+        listed = recordings.drop(columns=["is_fake", "paths"]).rename(columns={"label": "actual_output"})
+        files["_recordings.csv"] = listed.to_csv(index=False).encode()
+        files["_timeline.png"] = figures.draw_timelines(recordings, dict(zip(rows["path"], rows["llr"])))
+    if len(labelled):
+        entry = {**measure_job(job, rows, recordings, report_by), **checked}
+        entry["report"] = report.format_report(entry)
+        files["_report.txt"] = entry["report"].encode()
+        files[".png"] = figures.draw_confusion(job.path.stem, np.array(entry["confusion_matrix"]["counts"]))
+        files["_mistakes.png"] = figures.draw_mistakes(labelled, model)
         if entry["eer"] is not None:
-            pictures["_curves.png"] = figures.draw_curves(job.path.stem, table, entry)
+            files["_curves.png"] = figures.draw_curves(job.path.stem, labelled, entry)
         if entry["by_condition"]:
-            pictures["_conditions.png"] = figures.draw_conditions(entry["by_condition"], entry["eer"])
-        files.update((job.name_output(what), picture) for what, picture in pictures.items())
+            files["_conditions.png"] = figures.draw_conditions(entry["by_condition"], entry["eer"])
         print(f"\n{entry['report']}")
     else:
         why = "it has no column actual_output" if job.labels is None else "no row has both a label and a verdict"
         print(f"{job.name}: no metrics, since {why}")
         report.print_recordings(recordings)
     if len(rows):
-        sentences = report.write_summary(entry) if entry else report.summarise_verdicts(job, recordings, look)
-        seen, shortcuts = check_seen(rows, model.facts, scores.fingerprints), model.facts.get("shortcuts")
-        checks = format_checks(entry or {"seen": seen, "shortcuts": shortcuts, "format": look})
-        pictures = {ending: files.get(job.name_output(ending)) for ending in report.CAPTIONS}
-        context = {"checks": checks, "pictures": pictures, "origin": origin}
-        metrics = report.format_metrics(entry) if entry else []
-        page = report.write_page(job.name, sentences, recordings, metrics, context)
-        files[job.name_output("_report.html")] = page.encode()
-    for path, content in files.items():
+        files["_report.html"] = report.write_page(job.name, entry or checked, recordings, files, origin).encode()
+    for what, content in files.items():
         if content is not None:
-            write_file(path, content)
-    name_old_outputs(job, set(files))
+            write_file(job.name_output(what), content)
+    name_old_outputs(job, files)
     return entry
 
 
-def name_old_outputs(job: Job, written: set[Path]) -> None:
+def name_old_outputs(job: Job, written: Container[str]) -> None:
     """Name the files of an earlier run that this run did not write again."""
-    paths = [job.name_output(".png"), *(job.name_output(f"_{name}") for name in OUTPUTS)]
-    if old := [path.name for path in paths if path.exists() and path not in written]:
+    paths = [job.name_output(what) for what in OUTPUTS if what not in written]
+    if old := [path.name for path in paths if path.exists()]:
         print(f"{job.name}: left from an earlier run, not of this one: {', '.join(old)}")
 
 
@@ -347,15 +288,23 @@ def name_old_outputs(job: Job, written: set[Path]) -> None:
 
 
 def describe_origin(model_path: Path, compute: Compute) -> dict:
-    """Describe where results come from: model, versions, device, time."""
+    """Describe where results come from: checksum of the model, versions, device, time."""
     return {
-        "model": str(MODEL_PATH),
         "model_sha256": hashlib.sha256(model_path.read_bytes()).hexdigest(),
         "versions": runtime.list_versions(),
         "device": str(compute.device),
         "precision": str(compute.dtype).removeprefix("torch."),
         "time_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def write_summary(path: Path, summary: list[dict]) -> None:
+    """Write the entries of all labelled CSVs; where there is none, name the summary of an earlier run."""
+    if summary:
+        write_file(path, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
+        print(f"Summary written to {path}")
+    elif path.exists():
+        print(f"Left from an earlier run, not of this one: {path.name}")
 
 
 def main() -> int:
@@ -365,10 +314,7 @@ def main() -> int:
     runtime.check_settings(settings, RULES)
     team = runtime.join_team()
     base = Path(os.path.normpath(here / IMG_BASE_PATH))
-    csv_paths = [Path(os.path.normpath(here / path)) for path in CSV_FILES]
-    stems = Counter(path.name for path in csv_paths)
-    names = [path.name if stems[path.name] == 1 else str(given) for path, given in zip(csv_paths, CSV_FILES)]
-    jobs, broken = read_jobs(csv_paths, names, base, CSV_ENCODING) if team.rank == 0 else ([], 0)
+    jobs, broken = read_jobs(here, CSV_FILES, base, CSV_ENCODING) if team.rank == 0 else ([], 0)
     model = load_detector(here / MODEL_PATH)
     start = model.facts.get("initial_weights", "?")
     print(f"Model: {MODEL_PATH}, epoch {model.facts.get('epoch', '?')}, started from {start}")
@@ -384,29 +330,25 @@ def main() -> int:
     team.leave()
     if team.rank:
         return 0
-    origin, summary, left_out, written = describe_origin(here / MODEL_PATH, compute), [], 0, []
+    origin = {"model": str(MODEL_PATH), **describe_origin(here / MODEL_PATH, compute)}
+    llr, summary, left_out, written = {path: score.llr for path, score in scores.items() if not score.reason}, [], 0, []
     for folder in {job.path.parent for job in jobs}:
         runtime.remove_leftovers(folder)
     for job in jobs:
-        path, content = write_predictions(job, scores.llr, CSV_ENCODING)
+        path, content = write_predictions(job, llr, CSV_ENCODING)
         written.append(path)
-        bad = [(number, path) for number, path in job.images.items() if path in scores.unreadable]
+        bad = [(number, path) for number, path in job.images.items() if path not in llr]
         for number, path in bad:
-            print(f"no verdict: {job.name}, row {number}: {path}: {scores.unreadable[path]}", file=sys.stderr)
+            print(f"no verdict: {job.name}, row {number}: {path}: {scores[path].reason}", file=sys.stderr)
         left_out += len(bad)
         csv_hash = hashlib.sha256(content).hexdigest()
-        entry = report_job(job, scores, model, settings, {**origin, "csv_sha256": csv_hash})
+        entry = report_job(job, scores, model, REPORT_BY, {**origin, "csv_sha256": csv_hash})
         if entry is not None:
-            unreadable_rows = [{"row": number, "reason": scores.unreadable[path]} for number, path in bad]
+            unreadable_rows = [{"row": number, "reason": scores[path].reason} for number, path in bad]
             summary.append({**entry, "unreadable_rows": unreadable_rows, "csv_sha256": csv_hash, **origin})
     print("Predictions written into " + ", ".join(map(str, written)))
     broken += sum(path != job.path for path, job in zip(written, jobs))
-    summary_path = jobs[0].path.with_name("aggregate_test_reports.json")
-    if summary:
-        write_file(summary_path, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
-        print(f"Summary written to {summary_path}")
-    elif summary_path.exists():
-        print(f"Left from an earlier run, not of this one: {summary_path.name}")
+    write_summary(jobs[0].path.with_name("aggregate_test_reports.json"), summary)
     if left_out or broken:
         print(f"Left out: {left_out} rows without a verdict, {broken} CSVs left as they were", file=sys.stderr)
     return 1 if left_out or broken else 0

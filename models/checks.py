@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Optional
 import numpy as np
 import torch
 
-from models.detector import CLASSES
+from models.detector import CLASSES, Score
 from models.images import compare_rendering, read_image, take_fingerprint
 from models.metrics import format_rate, measure_table
 from models.pixel_cache import LOOKS
@@ -23,7 +23,7 @@ UNLIKE_FEW = 1.5  # median distance of fewer than five images, in units of what 
 SHORTCUT_AUC = 0.75  # above it the class can be predicted without the voice
 
 
-def check_seen(table: pandas.DataFrame, facts: dict, fingerprints: dict[str, int]) -> Optional[dict]:
+def check_seen(table: pandas.DataFrame, facts: dict, scores: dict[str, Score]) -> Optional[dict]:
     """Count the rows that were trained or validated on, as image or as another image of a recording; measure the rest.
 
     Returns:
@@ -32,8 +32,8 @@ def check_seen(table: pandas.DataFrame, facts: dict, fingerprints: dict[str, int
     if "seen_images" not in facts:
         return None
     images, recordings = (set(facts[name].tolist()) for name in ("seen_images", "seen_recordings"))
-    as_image = np.array([fingerprints[path] in images for path in table["path"]])
-    as_recording = np.array([take_fingerprint(name.encode()) in recordings for name in table["recording"]])
+    as_image = np.array([scores[path].fingerprint in images for path in table["path"]], bool)
+    as_recording = np.array([take_fingerprint(name.encode()) in recordings for name in table["recording"]], bool)
     rest = table[~(as_image | as_recording)]
     return {
         "rows_as_image": int(as_image.sum()),

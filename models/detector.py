@@ -47,6 +47,15 @@ class Detector(NamedTuple):
     facts: dict
 
 
+class Score(NamedTuple):
+    """What was found out about one image."""
+
+    margin: float  # logit Deepfake - logit Original
+    llr: float  # calibrated log-likelihood ratio, higher = more bona fide
+    fingerprint: int  # of its pixels
+    reason: str  # why it has no verdict; "": it has one
+
+
 def load_content(path: Path) -> dict:
     """Load what torch.save wrote: weights and plain types only, without running code that a file may hold.
 

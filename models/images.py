@@ -67,6 +67,17 @@ def read_span(path: str) -> Optional[tuple[float, float]]:
         return None
 
 
+def count_seconds(paths: list[str]) -> Optional[float]:
+    """Count the seconds of a recording that its images show; None where the images do not say."""
+    spans = [read_span(path) for path in paths]
+    if None in spans:
+        return None
+    total, end = 0.0, 0.0
+    for start_s, stop_s in sorted(spans):
+        total, end = total + max(0.0, stop_s - max(start_s, end)), max(end, stop_s)
+    return round(total, 2)
+
+
 def to_input(images: torch.Tensor, mean: Sequence[float], std: Sequence[float], white: int = 1) -> torch.Tensor:
     """Normalise RGB from 0 to `white`, float32, shape (batch, 3, height, width); mean and deviation are of 0 to 1."""
     mean, std = (images.new_tensor(values).view(3, 1, 1) * white for values in (mean, std))

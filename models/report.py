@@ -14,7 +14,6 @@ from PIL import Image
 
 from models.checks import format_checks, list_caveats
 from models.metrics import FEW_ROWS, METRICS, REPORT_ORDER, format_rate
-from models.tables import Job
 
 if TYPE_CHECKING:
     import pandas
@@ -43,17 +42,14 @@ def write_summary(entry: dict) -> list[str]:
     return [good, what + ".", f"Caveats: {'; '.join(list_caveats(entry))}."]
 
 
-def summarise_verdicts(job: Job, recordings: pandas.DataFrame, look: Optional[dict]) -> list[str]:
+def summarise_verdicts(name: str, recordings: pandas.DataFrame, look: Optional[dict]) -> list[str]:
     """Say in two sentences what the verdicts on recordings without labels are, and how far they can be relied on."""
     counts = Counter(recordings["predicted_output"])
-    verdicts = " and ".join(f"{counts[name]:,} as {name}" for name in REPORT_ORDER)
-    first = f"Of {len(recordings):,} recordings in {job.name}, the detector classifies {verdicts}."
+    verdicts = " and ".join(f"{counts[label]:,} as {label}" for label in REPORT_ORDER)
+    second = "A score is evidence, not proof: expect errors on new voices, generators and channels."
     if look and look["warning"]:
-        return [first, "The images were rendered unlike the training images: the verdicts cannot be relied on."]
-    return [
-        first,
-        "A score is evidence, not proof: expect errors on new voices, generators and channels.",
-    ]
+        second = "The images were rendered unlike the training images: the verdicts cannot be relied on."
+    return [f"Of {len(recordings):,} recordings in {name}, the detector classifies {verdicts}.", second]
 
 
 def format_metrics(entry: dict) -> list[list[str]]:
@@ -67,10 +63,23 @@ def format_metrics(entry: dict) -> list[list[str]]:
     return rows
 
 
-def format_report(entry: dict, classification: str) -> str:
+def format_classification(measures: dict) -> list[str]:
+    """Write precision, recall and F1 of each class as scikit-learn does."""
+    columns = ("precision", "recall", "f1-score")
+    lines = ["".join(f" {name:>9}" for name in ("            ", *columns, "support")), ""]
+    for name, values in measures.items():
+        if name == "accuracy":
+            lines += ["", f"{name:>12} {'':>9} {'':>9} {values:>9.4f} {measures['macro avg']['support']:>9.0f}"]
+        else:
+            cells = [f"{values[column]:>9.4f}" for column in columns]
+            lines.append(f"{name:>12}  {' '.join(cells)} {values['support']:>9.0f}")
+    return lines
+
+
+def format_report(entry: dict) -> str:
     """Write the report that people read, 100 columns wide at most."""
     lines = [line for sentence in write_summary(entry) for line in textwrap.wrap(sentence, 98)]
-    lines += ["", classification, ""]
+    lines += ["", *format_classification(entry["classification_report"]), ""]
     lines += [f"{label:<38}{text}" for label, text in format_metrics(entry)]
     lines += [f"Not computed: {reason}" for reason in entry["not_computed"]]
     lines += ["", *(line for check in format_checks(entry) for line in textwrap.wrap(check, 98))]
@@ -84,18 +93,23 @@ def format_report(entry: dict, classification: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def describe_verdict(row: dict) -> list[str]:
+    """Write a row of the table of recordings: name, verdict, score, seconds, what scores beyond, rendering."""
+    beyond = [format_rate(row[name]) if row[name] != "" else "" for name in ("originals_below", "deepfakes_above")]
+    seconds = "" if row["seconds"] is None or row["seconds"] != row["seconds"] else f"{row['seconds']:.1f}"
+    note = "rendered unlike the training images" if row["rendering"] else ""
+    return [row["recording"], row["predicted_output"], f"{row['deepfake_score']:.3f}", seconds, *beyond, note]
+
+
 def print_recordings(recordings: pandas.DataFrame, most: int = 40) -> None:
     """Print a table of verdicts on recordings."""
     if not len(recordings):
         return
     print(f"\n{'recording':<42}{'verdict':<10}{'score':>7}{'seconds':>9}  validation beyond: originals, deepfakes")
     for row in recordings.head(most).to_dict("records"):
-        beyond = [row["originals_below"], row["deepfakes_above"]]
-        sure = "unknown" if "" in beyond else ", ".join(f"{value:.1%}" for value in beyond)
-        seconds = "?" if row["seconds"] is None or row["seconds"] != row["seconds"] else f"{row['seconds']:.1f}"
-        differs = "  rendered unlike the training images" if row["rendering"] else ""
-        score = f"{row['deepfake_score']:.3f}"
-        print(f"{row['recording'][:40]:<42}{row['predicted_output']:<10}{score:>7}{seconds:>9}  {sure}{differs}")
+        name, verdict, score, seconds, below, above, note = describe_verdict(row)
+        sure = f"{below}, {above}" if below and above else "unknown"
+        print(f"{name[:40]:<42}{verdict:<10}{score:>7}{seconds or '?':>9}  {sure}{note and '  ' + note}")
     if len(recordings) > most:
         print(f"… and {len(recordings) - most:,} more in the CSV")
 
@@ -134,6 +148,11 @@ CAPTIONS = {  # of the pictures, in order, by what their names end with
     "_timeline.png": "Score of each part along time, over the spectrogram. Parts above the dashed threshold are "
     "classified as deepfake; a jump may be a splice.",
 }
+SCORE_NOTE = (
+    '<p class="small">Score: 0 to 1, deepfake from 0.5. The two percentages say how many recordings of the '
+    "validation set score beyond this one: few originals below it make a deepfake verdict more certain, few "
+    "deepfakes above it an original verdict.</p>"
+)
 MOST_ROWS = 200  # of recordings on the page
 
 
@@ -150,22 +169,9 @@ def write_table(header: list[str], rows: list[list[str]], numbers: set[int]) -> 
 
 def tabulate_recordings(recordings: pandas.DataFrame) -> str:
     """Write the table of verdicts on recordings, the most suspicious first."""
-    header = [
-        "recording",
-        "verdict",
-        "score",
-        "seconds",
-        "validation originals below",
-        "validation deepfakes above",
-        "",
-    ]
-    rows = []
-    for row in recordings.sort_values("llr").head(MOST_ROWS).to_dict("records"):
-        seconds = "" if row["seconds"] is None or row["seconds"] != row["seconds"] else f"{row['seconds']:.1f}"
-        beyond = [format_rate(row[name]) if row[name] != "" else "" for name in ("originals_below", "deepfakes_above")]
-        note = "rendered unlike the training images" if row["rendering"] else ""
-        score = f"{row['deepfake_score']:.3f}"
-        rows.append([row["recording"], row["predicted_output"], score, seconds, *beyond, note])
+    beyond = ("validation originals below", "validation deepfakes above")
+    header = ["recording", "verdict", "score", "seconds", *beyond, ""]
+    rows = [describe_verdict(row) for row in recordings.sort_values("llr").head(MOST_ROWS).to_dict("records")]
     more = f"<p>The CSV lists {len(recordings) - MOST_ROWS:,} more.</p>" if len(recordings) > MOST_ROWS else ""
     return write_table(header, rows, {2, 3, 4, 5}) + more
 
@@ -182,37 +188,29 @@ def embed_picture(content: bytes, caption: str) -> str:
     return f'<figure><img src="{source}" alt="{html.escape(caption)}"><figcaption>{caption}</figcaption></figure>'
 
 
-def write_page(
-    name: str, sentences: list[str], recordings: pandas.DataFrame, metrics: list[list[str]], context: dict
-) -> str:
+def write_page(name: str, results: dict, recordings: pandas.DataFrame, files: dict[str, bytes], origin: dict) -> str:
     """Write a self-contained HTML page on the results of one CSV.
 
     Args:
         name: of the CSV.
-        sentences: the verdict, and what to know about it.
+        results: its entry in the summary; without labels only the results of the checks.
         recordings: as `describe_recordings` of the evaluator returns them.
-        metrics: rows of name and value; none without labels.
-        context: checks (lines), pictures ({what a name ends with: PNG}), origin ({name: value}).
+        files: pictures, by what their names end with.
     """
-    parts = [f"<h1>Deepfake-audio report: {html.escape(name)}</h1>"]
-    parts.append(f'<p class="verdict">{html.escape(" ".join(sentences[:2]))}</p>')
+    has_metrics = "report" in results
+    look = results["format"]
+    sentences = write_summary(results) if has_metrics else summarise_verdicts(name, recordings, look)
+    title = html.escape(f"Deepfake-audio report: {name}")
+    parts = [f"<h1>{title}</h1>", f'<p class="verdict">{html.escape(" ".join(sentences[:2]))}</p>']
     parts += [f"<p>{html.escape(sentence)}</p>" for sentence in sentences[2:]]
-    if metrics:
-        parts += ["<h2>Metrics</h2>", write_table(["metric", "value"], metrics, set())]
-    if not metrics and len(recordings):
-        parts += ["<h2>Recordings</h2>", tabulate_recordings(recordings)]
-        parts.append(
-            '<p class="small">Score: 0 to 1, deepfake from 0.5. The two percentages say how many recordings of the '
-            "validation set score beyond this one: few originals below it make a deepfake verdict more certain, few "
-            "deepfakes above it an original verdict.</p>"
-        )
-    pictures = [(ending, context["pictures"].get(ending)) for ending in CAPTIONS]
-    parts += ["<h2>Pictures</h2>"] * any(content for _, content in pictures)
-    parts += [embed_picture(content, CAPTIONS[ending]) for ending, content in pictures if content]
+    if has_metrics:
+        parts += ["<h2>Metrics</h2>", write_table(["metric", "value"], format_metrics(results), set())]
+    elif len(recordings):
+        parts += ["<h2>Recordings</h2>", tabulate_recordings(recordings), SCORE_NOTE]
+    pictures = [embed_picture(files[ending], text) for ending, text in CAPTIONS.items() if files.get(ending)]
+    parts += ["<h2>Pictures</h2>", *pictures] if pictures else []
     parts += ["<h2>What was checked</h2>", "<ul>"]
-    parts += [f"<li>{html.escape(line)}</li>" for line in context["checks"]]
-    origin = [
-        [key, json.dumps(value) if isinstance(value, dict) else value] for key, value in context["origin"].items()
-    ]
-    parts += ["</ul>", "<h2>Origin</h2>", write_table(["", ""], origin, set())]
-    return PAGE.format(title=html.escape(f"Deepfake-audio report: {name}"), style=STYLE, body="\n".join(parts))
+    parts += [f"<li>{html.escape(line)}</li>" for line in format_checks(results)]
+    rows = [[key, json.dumps(value) if isinstance(value, dict) else value] for key, value in origin.items()]
+    parts += ["</ul>", "<h2>Origin</h2>", write_table(["", ""], rows, set())]
+    return PAGE.format(title=title, style=STYLE, body="\n".join(parts))

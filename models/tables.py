@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, Optional
@@ -20,9 +21,9 @@ LABELS = {  # what actual_output may say, without regard to case and surrounding
     "Original": ("original", "bonafide", "bona fide", "bona-fide", "real", "genuine"),
 }
 BLANK_LABELS = ("", "nan", "none")
-OUTPUTS = (  # <name>_<output> beside <name>.csv
-    *("scores.tsv", "key.tsv", "recordings.csv", "timeline.png", "report.txt", "report.html"),
-    *("curves.png", "conditions.png", "mistakes.png"),
+OUTPUTS = (  # <name><output> beside <name>.csv
+    *(".png", "_scores.tsv", "_key.tsv", "_recordings.csv", "_timeline.png", "_report.txt", "_report.html"),
+    *("_curves.png", "_conditions.png", "_mistakes.png"),
 )
 
 
@@ -43,22 +44,23 @@ class Job(NamedTuple):
         return self.path.with_name(self.path.stem + what)
 
 
-def read_jobs(paths: list[Path], names: list[str], base: Path, encoding: str) -> tuple[list[Job], int]:
+def read_jobs(folder: Path, given: list[str], base: Path, encoding: str) -> tuple[list[Job], int]:
     """Read all CSVs; name those that cannot be used. Returns the usable ones and the number of others.
 
     Args:
-        names: how to call each on the screen.
+        given: CSV_FILES, relative to `folder`; base: IMG_BASE_PATH.
 
     Raises:
         ValueError: none can be used, two would write the same report, or a report would overwrite an input.
     """
-    jobs, reasons = [], []
-    for path, name in dict(zip(paths, names)).items():
+    jobs, reasons, outputs = [], [], {}
+    paths = [Path(os.path.normpath(folder / path)) for path in given]
+    counts = Counter(path.name for path in paths)
+    for path, name in dict(zip(paths, map(str, given))).items():
         try:
-            jobs.append(read_job(path, name, base, encoding))
+            jobs.append(read_job(path, path.name if counts[path.name] == 1 else name, base, encoding))
         except (ValueError, OSError) as error:
             reasons.append(str(error))
-    outputs = {}
     for job in jobs:
         other = outputs.setdefault(job.path.with_suffix(""), job.path)
         if other != job.path:
@@ -67,7 +69,7 @@ def read_jobs(paths: list[Path], names: list[str], base: Path, encoding: str) ->
         raise ValueError("; ".join(reasons) or "CSV_FILES is empty")
     inputs = {os.path.realpath(path) for job in jobs for path in (job.path, *job.images.values())}
     for job in jobs:
-        for what in (".predicted.csv", ".png", *(f"_{name}" for name in OUTPUTS)):
+        for what in (".predicted.csv", *OUTPUTS):
             if os.path.realpath(path := job.name_output(what)) in inputs:
                 raise ValueError(f"the report on {job.path} would overwrite {path}, which is an input: rename one")
     for reason in reasons:
@@ -244,6 +246,13 @@ def write_predictions(job: Job, llr: dict[str, float], encoding: str) -> tuple[P
     return path, content
 
 
+def format_csv(rows: list, delimiter: str = ",", newline: str = "\n") -> bytes:
+    """Write rows as a new CSV in UTF-8."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, delimiter=delimiter, lineterminator=newline).writerows(rows)
+    return buffer.getvalue().encode()
+
+
 def write_list(path: Path, header: list[str], rows: list[list[str]]) -> str:
     """Write a CSV of images, unless it holds verdicts on other images. Returns what was done, "" for nothing."""
     if path.exists():
@@ -256,8 +265,6 @@ def write_list(path: Path, header: list[str], rows: list[list[str]]) -> str:
             raise ValueError(f"{path} holds verdicts on other images: rename it, and run this script again")
     if not rows and not path.exists():
         return ""
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, buffer.getvalue().encode())
+    write_file(path, format_csv([header, *rows]))
     return f"{path.name} lists {len(rows):,} images"
