@@ -64,15 +64,16 @@ def format_metrics(entry: dict) -> list[list[str]]:
 
 
 def format_classification(measures: dict) -> list[str]:
-    """Write precision, recall and F1 of each class as scikit-learn does."""
+    """Write precision, recall and F1 of each class, to the last character as scikit-learn does."""
     columns = ("precision", "recall", "f1-score")
     lines = ["".join(f" {name:>9}" for name in ("            ", *columns, "support")), ""]
+    support = ">9.0f" if measures["accuracy"] else ">9.1f"
     for name, values in measures.items():
         if name == "accuracy":
-            lines += ["", f"{name:>12} {'':>9} {'':>9} {values:>9.4f} {measures['macro avg']['support']:>9.0f}"]
+            lines += ["", f"{name:>12}  {'':>19} {values:>9.4f} {measures['macro avg']['support']:{support}}"]
         else:
             cells = [f"{values[column]:>9.4f}" for column in columns]
-            lines.append(f"{name:>12}  {' '.join(cells)} {values['support']:>9.0f}")
+            lines.append(f"{name:>12}  {' '.join(cells)} {values['support']:{support}}")
     return lines
 
 
