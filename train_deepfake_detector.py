@@ -16,7 +16,6 @@ The demo data takes about 5 minutes on two cores with bfloat16 instructions, twi
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import http.client
 import io
@@ -43,18 +42,10 @@ from models import dataset, detector, figures, runtime
 from models.checks import check_shortcuts
 from models.dataset import Data
 from models.detector import CLASSES
-from models.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    learn_colours,
-    learn_rendering,
-    take_fingerprint,
-    to_brightness,
-    to_input,
-)
+from models.images import IMAGENET_MEAN, IMAGENET_STD, learn_rendering, take_fingerprint, to_brightness, to_input
 from models.pixel_cache import PixelCache
 from models.runtime import Compute, Team, write_file
-from models.tables import name_recording
+from models.tables import format_csv, name_recording
 
 # ------------------------------------------------------------------------------------------------
 # Settings. Relative paths start at this script's folder.
@@ -262,8 +253,7 @@ def paint(brightness: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
 def get_initial_weights(pretrained: Optional[str], here: Path) -> tuple[Optional[dict], str]:
     """Get the weights to start from, and the words that describe them in the checkpoint.
 
-    Raises:
-        ValueError: `pretrained` is a path, and no ResNet-18 can be loaded from it.
+    Where they cannot be downloaded, training starts from random ones.
     """
     if pretrained is None:
         return None, "random (PRETRAINED = None)"
@@ -301,11 +291,7 @@ def fetch_weights(weights: WeightsEnum, timeout_s: float) -> dict[str, torch.Ten
 
 
 def start_model(initial: Optional[dict]) -> nn.Module:
-    """Make a network with the initial weights, but for its two-class head.
-
-    Raises:
-        ValueError: the initial weights are not those of such a network.
-    """
+    """Make a network with the initial weights, but for its two-class head."""
     model = detector.make_network()
     if initial is not None:
         body = {name: tensor for name, tensor in initial.items() if not name.startswith("fc.")}
@@ -366,7 +352,8 @@ class Run:
             set_aside_previous(self.outputs)
         if self.best is self.history[-1]:
             self.save_checkpoint(self.outputs.best)
-        write_history(self.outputs.history, self.history)
+        rows = [list(self.history[0]), *(row.values() for row in self.history)]
+        write_file(self.outputs.history, format_csv(rows, newline="\r\n"))
         learning = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule", "scaler")}
         about = {"history": self.history, "last": self.last, "conditions": conditions}
         about |= {"start": self.facts["initial_weights"], "precision": str(self.compute.dtype)}
@@ -378,11 +365,7 @@ class Run:
         save(path, {"state_dict": state, **self.facts, **self.last})
 
     def restore(self, state: dict) -> None:
-        """Continue from what an interrupted run saved.
-
-        Raises:
-            ValueError: the best checkpoint is older than the saved history, or missing.
-        """
+        """Continue from what an interrupted run saved."""
         for name in ("model", "optimizer", "schedule", "scaler"):
             if state[name]:  # a scaler's is empty where the run began without float16
                 getattr(self, name).load_state_dict(state[name])
@@ -419,11 +402,7 @@ def set_aside_previous(outputs: Outputs) -> None:
 
 
 def prepare_outputs(best: Path, final: Path) -> Outputs:
-    """Name the files that a run writes, make their folders, and delete what killed runs left there.
-
-    Raises:
-        ValueError: a checkpoint cannot be written.
-    """
+    """Name the files that a run writes, make their folders, and delete what killed runs left there."""
     for path in (best, final):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK) or path.is_dir():
@@ -433,11 +412,7 @@ def prepare_outputs(best: Path, final: Path) -> Outputs:
 
 
 def load_state(path: Path) -> Optional[dict]:
-    """Load the state of an interrupted run; None: there is none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Load the state of an interrupted run; None: there is none."""
     if not path.exists():
         return None
     try:
@@ -483,24 +458,18 @@ def scale_rate(step: int, steps: int) -> float:
 def train_one_epoch(
     run: Run, network: nn.Module, loader: DataLoader, loss_fn: Callable, augmentation: Callable
 ) -> float:
-    """Take one optimizer step per batch of augmented images.
+    """Take one optimizer step per batch of augmented images. Returns the mean loss.
 
     Args:
         network: run.model, wrapped where several processes share the work.
         loss_fn: the loss of logits (images, classes) and labels (images,), summed over images.
-
-    Returns:
-        The mean loss.
-
-    Raises:
-        ValueError: a loss is not finite.
     """
     network.train()
     device, batches, losses = run.compute.device, loader.batch_sampler, []
     weight = batches.batch_size / batches.team.size  # of the images of a rank's part: gradients are averaged over ranks
     for images, labels in tqdm(loader, "Training", leave=False, unit=" batches", disable=None):
         images = images.to(device, non_blocking=True).float().div_(255)
-        inputs = to_input(augmentation(images), IMAGENET_MEAN, IMAGENET_STD)
+        inputs = to_input(augmentation(images))
         labels = labels.to(device, non_blocking=True)
         losses.append(add_gradients(run, network, inputs, lambda *part: loss_fn(*part) / weight, labels))
         if len(losses) % 50 == 0 or len(losses) == len(loader):  # seldom: the GPU has to be waited for
@@ -514,11 +483,7 @@ def train_one_epoch(
 def add_gradients(
     run: Run, network: nn.Module, inputs: torch.Tensor, loss_fn: Callable, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Compute a batch's gradients; where the memory runs out, again in twice as many parts. Returns its loss, a scalar.
-
-    Raises:
-        torch.OutOfMemoryError: a single image is too large.
-    """
+    """Compute a batch's gradients; where the memory runs out, again in twice as many parts. Returns its loss."""
     while True:
         size = math.ceil(len(inputs) / run.parts)
         run.optimizer.zero_grad(set_to_none=True)
@@ -559,7 +524,7 @@ def predict_logits(run: Run, loader: DataLoader, batch_size: int, team: Team) ->
     logits, labels = [torch.empty(0, len(CLASSES))], [torch.empty(0, dtype=torch.int64)]
     for images, batch_labels in loader:
         images = images.to(run.compute.device, non_blocking=True).float().div_(255)
-        inputs = to_input(images, IMAGENET_MEAN, IMAGENET_STD)
+        inputs = to_input(images)
         size = len(inputs) if run.parts == 1 else math.ceil(batch_size / run.parts)
         with run.compute.autocast():
             logits += [run.model(part).float().cpu() for part in inputs.split(size)]
@@ -577,11 +542,7 @@ def join_parts(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Te
 
 
 def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Measure validation: loss with classes weighted equally, balanced accuracy, area under the ROC curve.
-
-    Raises:
-        ValueError: a logit is not finite.
-    """
+    """Measure validation: loss with classes weighted equally, balanced accuracy, area under the ROC curve."""
     from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
     if not torch.isfinite(logits).all():
@@ -645,15 +606,6 @@ def fit(run: Run, loaders: tuple[DataLoader, DataLoader], conditions: dict, team
             run.save_epoch(conditions)
 
 
-def write_history(path: Path, history: list[dict]) -> None:
-    """Write a CSV with one row per epoch."""
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, history[0])
-    writer.writeheader()
-    writer.writerows(history)
-    write_file(path, buffer.getvalue().encode())
-
-
 # ---- Main
 
 
@@ -676,7 +628,7 @@ def collect_facts(data: Data, start: str, checked: dict, settings: dict) -> dict
         "recording_pattern": pattern,
         "initial_weights": start,
         **checked,
-        "appearance": learn_rendering(data.train, data.val, learn_colours(data.train)),
+        "appearance": learn_rendering(data.train, data.val),
         "settings": settings,
         "versions": runtime.list_versions(),
     }
@@ -716,7 +668,7 @@ def main() -> int:
         compare_conditions(state["conditions"], conditions)
     loaders = build_loaders(data, compute, settings, team)
     from_random = start.startswith("random")
-    settings = {**settings, "LEARNING_RATE": LEARNING_RATE or (1e-3 if from_random else 3e-4)}
+    settings["LEARNING_RATE"] = LEARNING_RATE or (1e-3 if from_random else 3e-4)
     print(f"Start: {start}; learning rate {settings['LEARNING_RATE']:g}, at most {EPOCHS} epochs")
     run = Run(model, len(loaders[0]) * EPOCHS, compute, outputs, collect_facts(data, start, checked, settings))
     run.val_recordings = data.val_recordings

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import Dataset, Subset
 
 from models import runtime
 from models.detector import CLASSES
@@ -49,10 +48,11 @@ class Data(NamedTuple):
 # ---- Images
 
 
-class SpectrogramFolder(ImageFolder):
-    """An ImageFolder of the classes in CLASSES, whatever else lies beside them; its pixels come from a cache.
+class SpectrogramFolder(Dataset):
+    """The images below the class folders, whatever else lies beside these; their pixels come from a cache.
 
     Attributes:
+        samples: path and class index of each image.
         problems: a reason for each folder that cannot be read.
         ignored: number of files that are not images of SUFFIXES, by suffix.
     """
@@ -60,24 +60,23 @@ class SpectrogramFolder(ImageFolder):
     cache: PixelCache
 
     def __init__(self, root: Path) -> None:
-        self.problems: list[str] = []
+        self.root, self.samples, self.problems = root, [], []
         self.ignored: Counter[str] = Counter()
-        super().__init__(str(root), allow_empty=True)
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        names = [name.lower() for name in CLASSES]
-        return names, {name: index for index, name in enumerate(names)}
-
-    def make_dataset(self, directory: str, class_to_idx: dict[str, int], *_, **__) -> list[tuple[str, int]]:  # noqa: ANN002
-        samples = []
-        for name, index in class_to_idx.items():
-            files, problems = runtime.find_files(find_class_dir(Path(directory), name))
+        for index, name in enumerate(CLASSES):
+            files, problems = runtime.find_files(find_class_dir(root, name.lower()))
             self.problems += problems
-            samples += [(path, index) for path in files if path.lower().endswith(SUFFIXES)]
-            self.ignored.update(
-                os.path.splitext(path)[1].lower() for path in files if not path.lower().endswith(SUFFIXES)
-            )
-        return samples
+            for path in files:
+                suffix = os.path.splitext(path)[1].lower()
+                if suffix in SUFFIXES:
+                    self.samples.append((path, index))
+                else:
+                    self.ignored[suffix] += 1
+
+    def count_images(self, label: int) -> int:
+        return sum(index == label for _, index in self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.samples[index]
@@ -85,11 +84,7 @@ class SpectrogramFolder(ImageFolder):
 
 
 def find_class_dir(data_dir: Path, name: str) -> Path:
-    """Find a class folder, whose name may differ in case.
-
-    Raises:
-        ValueError: there is none, or there are several.
-    """
+    """Find a class folder, whose name may differ in case."""
     if not data_dir.is_dir():
         raise ValueError(f"folder not found: {data_dir} (DATA_DIR)")
     folders = [entry.name for entry in data_dir.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__"))]
@@ -108,18 +103,17 @@ def find_images(data_dir: Path) -> SpectrogramFolder:
     Raises:
         ValueError: a class folder is missing, or holds fewer than two images.
     """
-    folder = SpectrogramFolder(data_dir)
-    for index, name in enumerate(folder.classes):
-        if (count := folder.targets.count(index)) < 2:
+    folder, names = SpectrogramFolder(data_dir), [name.lower() for name in CLASSES]
+    for index, name in enumerate(names):
+        if (count := folder.count_images(index)) < 2:
             raise ValueError(f"{count} images below {data_dir / name}: two are needed ({' '.join(SUFFIXES)})")
     others = sorted(entry.name for entry in data_dir.iterdir() if entry.is_dir())
-    others = [name for name in others if name.lower() not in folder.classes and not name.startswith((".", "__"))]
+    others = [name for name in others if name.lower() not in names and not name.startswith((".", "__"))]
     if others:
         print(f"Folders below {data_dir} that are not a class and are ignored: {', '.join(others)}")
     if folder.ignored:
-        kinds = ", ".join(
-            f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(folder.ignored.items())
-        )
+        ignored = sorted(folder.ignored.items())
+        kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in ignored)
         print(f"Ignored files in the class folders: {kinds} (images are {' '.join(SUFFIXES)})")
     for problem in folder.problems:
         print(f"left out: {problem}", file=sys.stderr)
@@ -142,11 +136,7 @@ def read_all_images(cache: PixelCache, paths: list[str], workers: int, team: Tea
 
 
 def list_holdout(csv_paths: list[Path], data_dir: Path, encoding: str) -> list[str]:
-    """List the images, as absolute paths, that the hold-out CSVs name.
-
-    Raises:
-        ValueError: a list is missing or unusable.
-    """
+    """List the images, as absolute paths, that the hold-out CSVs name."""
     listed = []
     for path in csv_paths:
         if not path.is_file():
@@ -163,13 +153,6 @@ def list_holdout(csv_paths: list[Path], data_dir: Path, encoding: str) -> list[s
 
 def leave_out_holdout(folder: SpectrogramFolder, listed: list[str], pattern: str) -> list[str]:
     """Leave out what is listed for testing, copies of it under other names, and its recordings.
-
-    Args:
-        listed: the images that the hold-out CSVs name.
-        pattern: RECORDING_PATTERN.
-
-    Returns:
-        The paths of the images that may be used.
 
     Raises:
         ValueError: all images of a class are held out.
@@ -195,23 +178,15 @@ def leave_out_holdout(folder: SpectrogramFolder, listed: list[str], pattern: str
         )
     if unseen := sum(path not in entries for path in held):
         print(f"Warning: {unseen:,} listed images are missing or unreadable: copies of them cannot be recognised")
-    empty = [
-        f"{folder.targets.count(index):,} images of class {CLASSES[index]}" for index in (0, 1) if not counts[index]
-    ]
+    empty = [i for i in range(len(CLASSES)) if not counts[i]]
+    empty = [f"{folder.count_images(index):,} images of class {CLASSES[index]}" for index in empty]
     if empty:
         raise ValueError(f"all {' and all '.join(empty)} are held out (see HOLDOUT_CSVS and RECORDING_PATTERN)")
     return kept
 
 
 def leave_out_unreadable(paths: list[str], reasons: dict[str, str], limit: float, rank: int) -> list[str]:
-    """Leave out, and name, the images that could not be read.
-
-    Args:
-        reasons: {unreadable path: why}.
-
-    Raises:
-        ValueError: they are more than `limit`, a fraction of all.
-    """
+    """Leave out, and name, the images that could not be read; ValueError if they are more than `limit` of all."""
     unreadable = [path for path in paths if path in reasons]
     if len(unreadable) > limit * len(paths):
         raise ValueError(
@@ -307,74 +282,8 @@ def weigh_images(sources: list[str], labels: np.ndarray) -> np.ndarray:
     return np.array(weights) / sum(weights)
 
 
-def choose_images(folder: SpectrogramFolder, listed: list[str], settings: dict, team: Team) -> Chosen:
-    """Read every image once, and leave out what is held out or unreadable.
-
-    Args:
-        listed: the images that the hold-out CSVs name.
-
-    Raises:
-        ValueError: too many images are unreadable, or all of a class are held out.
-    """
-    labels = dict(folder.samples)
-    elsewhere = [path for path in dict.fromkeys(listed) if path not in labels and os.path.isfile(path)]
-    read_all_images(folder.cache, [*labels, *elsewhere], runtime.choose_workers(settings["WORKERS"]), team)
-    allowed = leave_out_holdout(folder, listed, settings["RECORDING_PATTERN"])
-    paths = leave_out_unreadable(allowed, folder.cache.reasons, settings["MAX_UNREADABLE"], team.rank)
-    entries = [folder.cache.entries[path] for path in paths]
-    fingerprints = [entry.fingerprint for entry in entries]
-    recordings = [name_recording(path, folder.root, settings["RECORDING_PATTERN"]) for path in paths]
-    chosen = Chosen(
-        paths,
-        np.array([labels[path] for path in paths]),
-        recordings,
-        fingerprints,
-        group_images(recordings, fingerprints),
-        np.array([entry.looks for entry in entries], np.float32),
-        len(allowed) - len(paths),
-    )
-    report_names(chosen)
-    return chosen
-
-
-def split_images(folder: SpectrogramFolder, chosen: Chosen, settings: dict) -> Data:
-    """Split the chosen images into training and validation, and print what each side holds.
-
-    Where there are enough sources, whole ones are held out for validation, else whole recordings.
-
-    Raises:
-        ValueError: a class has too few recordings.
-    """
-    paths, labels, recordings, fingerprints, groups, *_ = chosen
-    used = set(paths)
-    indices = np.flatnonzero([path in used for path, _ in folder.samples])
-    sources = find_sources(paths, labels.tolist(), folder.root)
-    if count := len({*sources} - {""}):
-        by_source = count >= MIN_SOURCES
-        print(
-            f"{count} sources with both classes; validation holds out whole {'sources' if by_source else 'recordings'}"
-        )
-        if by_source:
-            groups = group_images(recordings, fingerprints, [source or path for source, path in zip(sources, paths)])
-    in_val = split_by_recording(groups, labels, settings["VAL_FRACTION"], settings["SEED"])
-    for side, mask in (("Training", ~in_val), ("Validation", in_val)):
-        counts = []
-        for index, name in enumerate(CLASSES):
-            members = np.flatnonzero(mask & (labels == index))
-            counts.append(f"{len(members):,} {name} images ({len({recordings[i] for i in members}):,} recordings)")
-        print(f"{side}: {', '.join(counts)}")
-    return Data(
-        Subset(folder, indices[~in_val].tolist()),
-        Subset(folder, indices[in_val].tolist()),
-        weigh_images([source for source, is_val in zip(sources, in_val) if not is_val], labels[~in_val]),
-        [recording for recording, is_val in zip(recordings, in_val) if is_val],
-        dict(zip(paths, fingerprints)),
-    )
-
-
-def report_names(chosen: Chosen) -> None:
+def report_names(paths: list[str], recordings: list[str], fingerprints: list[int], labels: np.ndarray) -> None:
     """Print how recordings are named, which file names repeat in several folders, and which images are identical."""
-    paths, labels, recordings, fingerprints, *_ = chosen
     names = sorted(set(recordings))
     print(f"Recordings are named like: {', '.join(names[:: max(1, len(names) // 3)][:3])}")
     folders = defaultdict(set)
@@ -390,6 +299,51 @@ def report_names(chosen: Chosen) -> None:
         print(f"Identical images: {repeated:,} repeat another and stay on its side; {in_both:,} are in both classes")
 
 
-def prepare_data(folder: SpectrogramFolder, listed: list[str], settings: dict, team: Team) -> Data:
-    """Choose and split the images."""
-    return split_images(folder, choose_images(folder, listed, settings, team), settings)
+def choose_images(folder: SpectrogramFolder, listed: list[str], settings: dict, team: Team) -> Chosen:
+    """Read every image once, and leave out what is held out or unreadable.
+
+    Args:
+        listed: the images that the hold-out CSVs name.
+    """
+    labels = dict(folder.samples)
+    elsewhere = [path for path in dict.fromkeys(listed) if path not in labels and os.path.isfile(path)]
+    read_all_images(folder.cache, [*labels, *elsewhere], runtime.choose_workers(settings["WORKERS"]), team)
+    allowed = leave_out_holdout(folder, listed, settings["RECORDING_PATTERN"])
+    paths = leave_out_unreadable(allowed, folder.cache.reasons, settings["MAX_UNREADABLE"], team.rank)
+    entries = [folder.cache.entries[path] for path in paths]
+    fingerprints = [entry.fingerprint for entry in entries]
+    recordings = [name_recording(path, folder.root, settings["RECORDING_PATTERN"]) for path in paths]
+    groups, looks = group_images(recordings, fingerprints), np.array([entry.looks for entry in entries], np.float32)
+    labels = np.array([labels[path] for path in paths])
+    report_names(paths, recordings, fingerprints, labels)
+    return Chosen(paths, labels, recordings, fingerprints, groups, looks, len(allowed) - len(paths))
+
+
+def split_images(folder: SpectrogramFolder, chosen: Chosen, settings: dict) -> Data:
+    """Split the chosen images into training and validation, and print what each side holds.
+
+    Where there are enough sources, whole ones are held out for validation, else whole recordings.
+    """
+    paths, labels, recordings, fingerprints, groups, *_ = chosen
+    used = set(paths)
+    indices = np.flatnonzero([path in used for path, _ in folder.samples])
+    sources = find_sources(paths, labels.tolist(), folder.root)
+    if count := len({*sources} - {""}):
+        what = "sources" if count >= MIN_SOURCES else "recordings"
+        print(f"{count} sources with both classes; validation holds out whole {what}")
+        if count >= MIN_SOURCES:
+            groups = group_images(recordings, fingerprints, [source or path for source, path in zip(sources, paths)])
+    in_val = split_by_recording(groups, labels, settings["VAL_FRACTION"], settings["SEED"])
+    for side, mask in (("Training", ~in_val), ("Validation", in_val)):
+        counts = []
+        for index, name in enumerate(CLASSES):
+            members = np.flatnonzero(mask & (labels == index))
+            counts.append(f"{len(members):,} {name} images ({len({recordings[i] for i in members}):,} recordings)")
+        print(f"{side}: {', '.join(counts)}")
+    return Data(
+        Subset(folder, indices[~in_val].tolist()),
+        Subset(folder, indices[in_val].tolist()),
+        weigh_images([source for source, is_val in zip(sources, in_val) if not is_val], labels[~in_val]),
+        [recording for recording, is_val in zip(recordings, in_val) if is_val],
+        dict(zip(paths, fingerprints)),
+    )

@@ -60,21 +60,17 @@ def load_content(path: Path) -> dict:
     """Load what torch.save wrote: weights and plain types only, without running code that a file may hold.
 
     torch checks no checksums, so that a flipped bit would pass as a weight: the zip's own are checked here.
-
-    Raises:
-        ValueError: the file is damaged, or something else.
     """
     try:
         content = path.read_bytes()
+        archive = zipfile.ZipFile(io.BytesIO(content)) if content.startswith(b"PK") else None
         if content.lstrip().startswith(b"<"):
             raise ValueError("it is a web page")
         if content[8:9] == b"{" and b'"data_offsets"' in content[:100_000]:
             raise ValueError("it is a safetensors file: save the state_dict with torch.save")
-        if content.startswith(b"PK") and any(
-            n.endswith("/constants.pkl") for n in zipfile.ZipFile(io.BytesIO(content)).namelist()
-        ):
+        if archive and any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise ValueError("it is a TorchScript archive: save the state_dict with torch.save")
-        if content.startswith(b"PK") and (damaged := zipfile.ZipFile(io.BytesIO(content)).testzip()):
+        if archive and (damaged := archive.testzip()):
             raise ValueError(f"the checksum of {damaged} is wrong")
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(loaded, dict):
@@ -89,11 +85,7 @@ def load_content(path: Path) -> dict:
 
 
 def find_weights(content: dict, path: Path) -> dict[str, torch.Tensor]:
-    """Find a ResNet-18's state_dict in what a file holds, under its plain names.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Find a ResNet-18's state_dict in what a file holds, under its plain names."""
     key = next((key for key in ("state_dict", "model_state_dict", "model") if isinstance(content.get(key), dict)), None)
     state = content[key] if key else content
     if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
@@ -103,11 +95,7 @@ def find_weights(content: dict, path: Path) -> dict[str, torch.Tensor]:
 
 
 def build_model(state: dict, path: Path) -> ResNet:
-    """Build a two-class ResNet-18 from a state_dict, in evaluation mode, on the CPU.
-
-    Raises:
-        ValueError: the state_dict is not one, or a weight is not finite.
-    """
+    """Build a two-class ResNet-18 from a state_dict, in evaluation mode, on the CPU."""
     head = state.get("fc.weight")
     if head is None or head.ndim != 2:
         raise ValueError(f"{path} holds no ResNet-18 (no fc.weight); its keys: {', '.join(state)[:200]}")
@@ -124,11 +112,7 @@ def build_model(state: dict, path: Path) -> ResNet:
 
 
 def load_detector(path: Path) -> Detector:
-    """Rebuild a detector from a checkpoint, or from a bare state_dict, without running any code in it.
-
-    Raises:
-        ValueError: the file is missing, damaged, or not a two-class ResNet-18.
-    """
+    """Rebuild a detector from a checkpoint, or from a bare state_dict, without running any code in it."""
     if not path.is_file():
         raise ValueError(f"MODEL_PATH: file not found: {path} (train_deepfake_py makes it)")
     try:
@@ -138,11 +122,7 @@ def load_detector(path: Path) -> Detector:
                 f"Warning: {path.name} holds weights only; assumed: classes {', '.join(CLASSES)}, image size "
                 f"{BARE_FACTS['image_size']}, ImageNet's mean and deviation, no calibration"
             )
-            facts = {
-                "state_dict": find_weights(facts, path),
-                **BARE_FACTS,
-                "format": CHECKPOINT_FORMAT,
-            }
+            facts = {"state_dict": find_weights(facts, path), **BARE_FACTS, "format": CHECKPOINT_FORMAT}
         if facts["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"{path} has format {facts['format']}; this script reads {CHECKPOINT_FORMAT}")
         missing = [name for name in BARE_FACTS if name not in facts]

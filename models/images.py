@@ -30,10 +30,7 @@ def read_image(path: str, size: int) -> torch.Tensor:
     """Decode an image of any mode and resize it: uint8, shape (3, size, size), RGB.
 
     Sixteen-bit grey is scaled to eight bits; what is transparent is seen on white, as viewers show it.
-    torch resizes in a tenth of Pillow's time, to pixels that differ by at most 1.
-
-    Raises:
-        OSError, ValueError, SyntaxError and others of Pillow's: the file is not a complete image.
+    torch resizes in a tenth of Pillow's time, to pixels that differ by at most 1. Pillow raises many kinds of errors.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError("there is no such file")
@@ -78,7 +75,9 @@ def count_seconds(paths: list[str]) -> Optional[float]:
     return round(total, 2)
 
 
-def to_input(images: torch.Tensor, mean: Sequence[float], std: Sequence[float], white: int = 1) -> torch.Tensor:
+def to_input(
+    images: torch.Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, white: int = 1
+) -> torch.Tensor:
     """Normalise RGB from 0 to `white`, float32, shape (batch, 3, height, width); mean and deviation are of 0 to 1."""
     mean, std = (images.new_tensor(values).view(3, 1, 1) * white for values in (mean, std))
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -134,7 +133,7 @@ def describe_rendering(pixels: torch.Tensor, colours: torch.Tensor) -> torch.Ten
     return torch.log(torch.cat([*bands, distance[:, None]], dim=1) + 1e-3)
 
 
-def learn_rendering(train: Dataset, val: Dataset, colours: torch.Tensor) -> dict:
+def learn_rendering(train: Dataset, val: Dataset) -> dict:
     """Learn the rendering statistics of the training images.
 
     Returns:
@@ -146,6 +145,7 @@ def learn_rendering(train: Dataset, val: Dataset, colours: torch.Tensor) -> dict
         chosen = np.linspace(0, len(images) - 1, min(RENDERING_SAMPLE, len(images))).astype(int).tolist()
         return torch.cat([describe_rendering(images[index][0][None], colours) for index in chosen]).double()
 
+    colours = learn_colours(train)
     seen = describe(train)
     covariance = torch.cov(seen.T).view(seen.shape[1], -1).nan_to_num()
     variance = covariance.diag() + 1e-4

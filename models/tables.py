@@ -51,7 +51,7 @@ def read_jobs(folder: Path, given: list[str], base: Path, encoding: str) -> tupl
         given: CSV_FILES, relative to `folder`; base: IMG_BASE_PATH.
 
     Raises:
-        ValueError: none can be used, two would write the same report, or a report would overwrite an input.
+        ValueError: none can be used, or reports would overwrite one another or an input.
     """
     jobs, reasons, outputs = [], [], {}
     paths = [Path(os.path.normpath(folder / path)) for path in given]
@@ -78,12 +78,7 @@ def read_jobs(folder: Path, given: list[str], base: Path, encoding: str) -> tupl
 
 
 def read_job(path: Path, name: str, base: Path, encoding: str) -> Job:
-    """Read one CSV and check all of it before any image is read.
-
-    Raises:
-        ValueError: the file is missing, or not a CSV with a column img_path; a row has more cells than the header; a
-            label is unknown; the file or what belongs to it cannot be written.
-    """
+    """Read one CSV and check all of it before any image is read; ValueError if it cannot be used or written."""
     if not path.is_file():
         raise ValueError(f"CSV not found: {path}")
     check_writable(path)
@@ -119,11 +114,7 @@ def check_writable(path: Path) -> None:
 
 
 def parse_table(content: bytes, path: Path, encoding: str) -> tuple[list[list[str]], str]:
-    """Parse a CSV as text: its rows, header first, and its delimiter (comma, semicolon or tab).
-
-    Raises:
-        ValueError: it is not a CSV in this encoding, or has no column img_path.
-    """
+    """Parse a CSV as text: its rows, header first, and its delimiter (comma, semicolon or tab)."""
     if content.startswith(b"PK\x03\x04"):
         raise ValueError(f"{path} is an Excel workbook, not a CSV: save it as CSV UTF-8")
     try:
@@ -152,11 +143,7 @@ def find_columns(header: list[str]) -> dict[str, int]:
 
 
 def parse_label(cell: str, path: Path, row: int) -> str:
-    """Parse a label: a class, or "" for a blank one.
-
-    Raises:
-        ValueError: the label is unknown.
-    """
+    """Parse a label: a class, or "" for a blank one."""
     word = " ".join(cell.lower().split())
     if word in BLANK_LABELS:
         return ""
@@ -233,17 +220,17 @@ def write_predictions(job: Job, llr: dict[str, float], encoding: str) -> tuple[P
             row[columns["predicted_output"]] = verdict
             row[columns["deepfake_score"]] = "" if score is None else f"{score:.6f}"
         rows.append(row)
-    content, path = format_table(rows, job.delimiter, job.before, encoding), job.path
-    if not path.is_file() or path.read_bytes() != job.before:
-        path = job.name_output(".predicted.csv")
-        print(f"{job.path} was changed during this run, and is left so: see {path}", file=sys.stderr)
+    content, instead = format_table(rows, job.delimiter, job.before, encoding), job.name_output(".predicted.csv")
     try:
-        write_file(path, content)
+        if job.path.is_file() and job.path.read_bytes() == job.before:
+            write_file(job.path, content)
+            return job.path, content
+        why = "was changed during this run, and is left so"
     except PermissionError as error:  # on Windows: it is open in another program
-        path = job.name_output(".predicted.csv")
-        print(f"{job.path} cannot be written ({error.strerror}), and is left as it is: see {path}", file=sys.stderr)
-        write_file(path, content)
-    return path, content
+        why = f"cannot be written ({error.strerror}), and is left as it is"
+    print(f"{job.path} {why}: see {instead}", file=sys.stderr)
+    write_file(instead, content)
+    return instead, content
 
 
 def format_csv(rows: list, delimiter: str = ",", newline: str = "\n") -> bytes:
@@ -263,8 +250,6 @@ def write_list(path: Path, header: list[str], rows: list[list[str]]) -> str:
         judged = {row.get("img_path") for row in old if row.get("predicted_output")}
         if not judged <= {row[0] for row in rows}:
             raise ValueError(f"{path} holds verdicts on other images: rename it, and run this script again")
-    if not rows and not path.exists():
-        return ""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, format_csv([header, *rows]))
     return f"{path.name} lists {len(rows):,} images"
