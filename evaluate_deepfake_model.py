@@ -142,11 +142,7 @@ def score_images(paths: list[str], model: Detector, compute: Compute, settings: 
 
 
 def choose_rows(job: Job, scores: dict[str, Score], facts: dict, report_by: tuple[str, ...]) -> pandas.DataFrame:
-    """Choose the rows with a score, as a table: what is measured is measured on those with a label.
-
-    Returns:
-        Columns path, recording, label ("": none), is_fake, llr, margin, and those of REPORT_BY that the CSV has.
-    """
+    """Choose the rows with a score, as a table of OWN_COLUMNS and those of REPORT_BY that the CSV has; no label: ""."""
     import pandas
 
     columns = find_columns(job.rows[0])
@@ -168,9 +164,6 @@ def describe_recordings(
     table: pandas.DataFrame, report_by: tuple[str, ...], unlike: set[str], facts: dict
 ) -> pandas.DataFrame:
     """Merge the images of each recording and label (and value of the columns): mean of their log-likelihood ratios.
-
-    Args:
-        unlike: the images that are rendered unlike the training images.
 
     Returns:
         Columns recording, those of REPORT_BY, label, is_fake, parts, llr, paths, predicted_output,

@@ -40,12 +40,12 @@ from tqdm import tqdm
 
 from models import dataset, detector, figures, runtime
 from models.checks import check_shortcuts
-from models.dataset import Data
+from models.dataset import Chosen, Data
 from models.detector import CLASSES
 from models.images import IMAGENET_MEAN, IMAGENET_STD, learn_rendering, take_fingerprint, to_brightness, to_input
 from models.pixel_cache import PixelCache
 from models.runtime import Compute, Team, write_file
-from models.tables import format_csv, name_recording
+from models.tables import format_csv
 
 # ------------------------------------------------------------------------------------------------
 # Settings. Relative paths start at this script's folder.
@@ -176,7 +176,6 @@ def augment(images: torch.Tensor, colours: torch.Tensor, crop: float, rng: torch
     Args:
         images: float32, shape (batch, 3, height, width), RGB in 0 to 1.
         colours: as `learn_colours` returns them, on the same device.
-        crop: TIME_CROP.
 
     Returns:
         The same shape, but for a width of crop * width (at least SHORTEST_CROP where the image has as much).
@@ -273,11 +272,7 @@ def get_initial_weights(pretrained: Optional[str], here: Path) -> tuple[Optional
 
 
 def fetch_weights(weights: WeightsEnum, timeout_s: float) -> dict[str, torch.Tensor]:
-    """Load torchvision's weights from its cache, or download them; their hash is checked in either case.
-
-    Raises:
-        OSError, RuntimeError, http.client.HTTPException: the download failed or arrived damaged.
-    """
+    """Load torchvision's weights from its cache, or download them; their hash is checked in either case."""
     cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     digest = cached.stem.rpartition("-")[2]  # torch.hub checks it only while downloading
     if cached.is_file() and not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(digest):
@@ -313,19 +308,11 @@ class Run:
     Attributes:
         history: a dict per epoch, as in history.csv.
         last: epoch, metrics, calibration and validation scores of the last epoch, as its checkpoint holds them.
-        val_recordings: the recording of each validation image.
         parts: in so many parts a batch is computed; 1 until the memory ran out.
     """
 
-    val_recordings: list[str]
-
     def __init__(self, model: nn.Module, steps: int, compute: Compute, outputs: Outputs, facts: dict) -> None:
-        """Set up optimizer and schedule.
-
-        Args:
-            steps: optimizer steps in the whole run.
-            facts: what every checkpoint holds beside weights and `last`.
-        """
+        """Set up optimizer and schedule of so many steps; facts: what checkpoints hold beside weights and `last`."""
         settings = facts["settings"]
         self.compute, self.outputs, self.facts = compute, outputs, facts
         self.model = model.to(compute.device, memory_format=torch.channels_last)
@@ -343,11 +330,7 @@ class Run:
         return min(self.history, key=lambda row: row["val_loss"], default=None)
 
     def save_epoch(self, conditions: dict) -> None:
-        """Save the last epoch: its checkpoint, if it is the best so far; the history; the state to resume from.
-
-        Args:
-            conditions: what must be the same for the run to resume, as `describe_conditions` returns it.
-        """
+        """Save the last epoch: its checkpoint, if it is the best so far; the history; the state to resume from."""
         if len(self.history) == 1:
             set_aside_previous(self.outputs)
         if self.best is self.history[-1]:
@@ -424,10 +407,10 @@ def load_state(path: Path) -> Optional[dict]:
         raise ValueError(f"{error}: the run cannot be resumed; RESUME = False starts over") from None
 
 
-def describe_conditions(data: Data, settings: dict) -> dict:
+def describe_conditions(chosen: Chosen, data: Data, settings: dict) -> dict:
     """Describe what shapes the result: a run can only resume where none of it has changed."""
     root = data.train.dataset.root
-    listing = [(os.path.relpath(path, root), pixels) for path, pixels in data.fingerprints.items()]
+    listing = [(os.path.relpath(path, root), pixels) for path, pixels in zip(chosen.paths, chosen.fingerprints)]
     digest = take_fingerprint(repr([*listing, data.train.indices, data.val.indices]).encode())
     return {
         **{name: value for name, value in settings.items() if name not in NOT_SHAPING},
@@ -575,8 +558,12 @@ def calibrate(logits: torch.Tensor, labels: torch.Tensor, recordings: list[str])
     return {"calibration": calibration, "validation_scores": scores}
 
 
-def fit(run: Run, loaders: tuple[DataLoader, DataLoader], conditions: dict, team: Team) -> None:
-    """Train, validate and print a line per epoch; keep history, best checkpoint and state up to date."""
+def fit(run: Run, loaders: tuple[DataLoader, DataLoader], recordings: list[str], conditions: dict, team: Team) -> None:
+    """Train, validate and print a line per epoch; keep history, best checkpoint and state up to date.
+
+    Args:
+        recordings: of the validation images; conditions: as `describe_conditions` returns them.
+    """
     settings, device = run.facts["settings"], run.compute.device
     train_loader, val_loader = loaders
     loss_fn = partial(nn.functional.cross_entropy, label_smoothing=settings["LABEL_SMOOTHING"], reduction="sum")
@@ -601,7 +588,7 @@ def fit(run: Run, loaders: tuple[DataLoader, DataLoader], conditions: dict, team
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
         run.history.append(row)
         run.last = {"epoch": epoch, "metrics": {name: row[name] for name in METRICS}}
-        run.last |= calibrate(logits, labels, run.val_recordings)
+        run.last |= calibrate(logits, labels, recordings)
         if team.rank == 0:
             run.save_epoch(conditions)
 
@@ -609,25 +596,20 @@ def fit(run: Run, loaders: tuple[DataLoader, DataLoader], conditions: dict, team
 # ---- Main
 
 
-def collect_facts(data: Data, start: str, checked: dict, settings: dict) -> dict:
-    """Collect what every checkpoint holds beside weights, epoch and metrics: all that scoring an image needs.
-
-    Args:
-        start: what the weights began as; checked: results of checks.
-    """
-    pattern, root = settings["RECORDING_PATTERN"], data.train.dataset.root
-    recordings = {name_recording(path, root, pattern) for path in data.fingerprints}
+def collect_facts(chosen: Chosen, data: Data, shortcuts: Optional[dict], start: str, settings: dict) -> dict:
+    """Collect what every checkpoint holds beside weights, epoch and metrics: all that scoring an image needs."""
     return {
         "format": detector.CHECKPOINT_FORMAT,
         "classes": list(CLASSES),
         "image_size": settings["IMAGE_SIZE"],
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
-        "seen_images": torch.tensor(list(data.fingerprints.values())),
-        "seen_recordings": torch.tensor(sorted({take_fingerprint(name.encode()) for name in recordings})),
-        "recording_pattern": pattern,
+        "seen_images": torch.tensor(chosen.fingerprints),
+        "seen_recordings": torch.tensor(sorted(take_fingerprint(name.encode()) for name in set(chosen.recordings))),
+        "recording_pattern": settings["RECORDING_PATTERN"],
         "initial_weights": start,
-        **checked,
+        "shortcuts": shortcuts,
+        "unreadable_images": chosen.unreadable,
         "appearance": learn_rendering(data.train, data.val),
         "settings": settings,
         "versions": runtime.list_versions(),
@@ -660,21 +642,20 @@ def main() -> int:
     model = start_model(initial)
 
     chosen = dataset.choose_images(folder, listed, settings, team)
-    checked = {"shortcuts": check_shortcuts(chosen.looks, chosen.labels, chosen.groups)}
-    checked["unreadable_images"] = chosen.unreadable
+    shortcuts = check_shortcuts(chosen.looks, chosen.labels, chosen.groups)
     data = dataset.split_images(folder, chosen, settings)
-    conditions = describe_conditions(data, settings)
+    conditions = describe_conditions(chosen, data, settings)
     if state:
         compare_conditions(state["conditions"], conditions)
     loaders = build_loaders(data, compute, settings, team)
     from_random = start.startswith("random")
     settings["LEARNING_RATE"] = LEARNING_RATE or (1e-3 if from_random else 3e-4)
     print(f"Start: {start}; learning rate {settings['LEARNING_RATE']:g}, at most {EPOCHS} epochs")
-    run = Run(model, len(loaders[0]) * EPOCHS, compute, outputs, collect_facts(data, start, checked, settings))
-    run.val_recordings = data.val_recordings
+    facts = collect_facts(chosen, data, shortcuts, start, settings)
+    run = Run(model, len(loaders[0]) * EPOCHS, compute, outputs, facts)
     if state:
         run.restore(state)
-    fit(run, loaders, conditions, team)
+    fit(run, loaders, data.val_recordings, conditions, team)
     if team.rank == 0:
         run.finish()
     team.leave()

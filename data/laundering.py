@@ -24,12 +24,20 @@ CODECS = {  # soundfile's (format, subtype)
 }
 
 
+class Laundering(NamedTuple):
+    """The settings that shape laundered copies, under the names by which they are stored in images; see the maker."""
+
+    snr_range_db: tuple[float, float]
+    rt60_range_s: tuple[float, float]
+    seed: int
+
+
 class Draw(NamedTuple):
     """What a laundering depends on."""
 
     rate: int  # Hz
     rng: np.random.Generator
-    settings: dict
+    settings: Laundering
     others: list[str]  # recordings that babble may be made of
     read: Callable[[str], np.ndarray]  # reads one of them
 
@@ -47,14 +55,14 @@ def add_noise(samples: np.ndarray, draw: Draw) -> tuple[np.ndarray, str]:
         spectrum = np.fft.rfft(rng.normal(size=len(samples)))
         slope = np.sqrt(np.maximum(np.arange(len(spectrum)), 1)) if kind == "pink" else 1
         noise = np.fft.irfft(spectrum / slope, len(samples))
-    snr_db = rng.uniform(*draw.settings["SNR_RANGE_DB"])
+    snr_db = rng.uniform(*draw.settings.snr_range_db)
     noise *= np.sqrt(np.mean(samples**2) / np.mean(noise**2)) * 10 ** (-snr_db / 20)
     return samples + noise, f"{kind} noise, SNR {snr_db:.1f} dB"
 
 
 def add_reverb(samples: np.ndarray, draw: Draw) -> tuple[np.ndarray, str]:
     """Convolve with a synthetic room response: the direct sound, then noise that falls by 60 dB in RT60_RANGE_S."""
-    rt60_s, direct_db = draw.rng.uniform(*draw.settings["RT60_RANGE_S"]), draw.rng.uniform(-3, 6)
+    rt60_s, direct_db = draw.rng.uniform(*draw.settings.rt60_range_s), draw.rng.uniform(-3, 6)
     time_s = np.arange(int(rt60_s * draw.rate)) / draw.rate
     response = draw.rng.normal(size=len(time_s)) * 10 ** (-3 * time_s / rt60_s)
     response[0] = np.sqrt(np.sum(response[1:] ** 2)) * 10 ** (direct_db / 20)
@@ -118,11 +126,7 @@ LAUNDERING = {
 
 
 def launder(samples: np.ndarray, condition: str, draw: Draw) -> tuple[np.ndarray, str]:
-    """Launder or resynthesise a recording as a condition says: several steps are joined by +.
-
-    Returns:
-        As many samples, with a peak of 1, and words for what was done.
-    """
+    """Launder or resynthesise a recording as a condition says; its peak becomes 1."""
     words = []
     for step in condition.split("+"):
         if step == "clean":

@@ -30,12 +30,13 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from laundering import LAUNDERING, Draw, launder  # noqa: E402
-from pictures import draw_parts, encode_png, fill_up, place_parts, read_notes  # noqa: E402
+from laundering import LAUNDERING, Draw, Laundering, launder  # noqa: E402
+from pictures import Format, draw_parts, encode_png, fill_up, place_parts, read_notes  # noqa: E402
 from recordings import AUDIO_SUFFIXES, FOREIGN_SUFFIXES, SILENCE, has_soundfile, is_audio, read_audio  # noqa: E402
 from resynthesis import RESYNTHESES  # noqa: E402
 
 from models import runtime  # noqa: E402
+from models.runtime import Rule  # noqa: E402
 from models.tables import write_list  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
@@ -61,11 +62,37 @@ IMAGE_SIZE = 224  # pixels, width and height
 GREY_LEVELS = 64  # 2 to 256; fewer make smaller files
 # ------------------------------------------------------------------------------------------------
 
-FORMAT = (  # settings that shape every image
-    *("SAMPLE_RATE", "WINDOW_S", "HOP_S", "FREQUENCY_RANGE_HZ", "FREQUENCY_SCALE", "DB_RANGE"),
-    *("SECONDS_PER_IMAGE", "IMAGE_SIZE", "GREY_LEVELS"),
-)
-LAUNDERING_SETTINGS = ("SNR_RANGE_DB", "RT60_RANGE_S", "SEED")  # these shape laundered images only
+
+def are_conditions(value: tuple, first: tuple[str, ...]) -> bool:
+    """Tell whether these are conditions: steps joined by +, one of `first` among them."""
+    steps = [condition.split("+") for condition in value]
+    known = {"clean", *LAUNDERING, *RESYNTHESES}
+    return not isinstance(value, str) and all({*first} & {*names} and {*names} <= known for names in steps)
+
+
+RULES = {
+    "CONDITIONS": Rule(
+        lambda value: value and are_conditions(value, ("clean", *LAUNDERING)),
+        f"some of clean, {', '.join([*LAUNDERING, *RESYNTHESES])}, or several joined by +",
+    ),
+    "FAKES": Rule(lambda value: are_conditions(value, (*RESYNTHESES,)), f"() or some of {', '.join(RESYNTHESES)}"),
+    "SNR_RANGE_DB": Rule(lambda value: value[0] <= value[1], "(lowest, highest)"),
+    "RT60_RANGE_S": Rule(lambda value: 0.05 <= value[0] <= value[1], "(shortest, longest), from 0.05"),
+    "HOLDOUT_SPEAKERS": runtime.number(0, 0.9),
+    "SEED": runtime.whole_number(0),
+    "SAMPLE_RATE": runtime.whole_number(1000),
+    "WINDOW_S": Rule(lambda value: value * SAMPLE_RATE >= 8, "at least 8 samples long"),
+    "HOP_S": Rule(lambda value: value * SAMPLE_RATE >= 1, "at least 1 sample long"),
+    "FREQUENCY_RANGE_HZ": Rule(
+        lambda v: 0 <= v[0] < v[1] <= SAMPLE_RATE / 2, "(low, high), up to half the sample rate"
+    ),
+    "FREQUENCY_SCALE": runtime.one_of("mel", "linear"),
+    "DB_RANGE": Rule(lambda value: value[0] < value[1], "(darkest, brightest)"),
+    "SECONDS_PER_IMAGE": Rule(lambda value: value >= HOP_S, "at least HOP_S"),
+    "IMAGE_SIZE": runtime.whole_number(8),
+    "GREY_LEVELS": runtime.whole_number(2, 256),
+}
+KINDS = ("original", "deepfake", "unknown")
 LONGEST_NAME = 180  # bytes of a recording's name in the names of its images
 
 
@@ -83,6 +110,18 @@ class Recording(NamedTuple):
         return self.folder.partition("/")[0]
 
 
+class Recipe(NamedTuple):
+    """What shapes the images."""
+
+    form: Format
+    laundering: Laundering
+    babble: list[str]  # recordings that babble may be made of
+
+    def list_settings(self, condition: str) -> dict:
+        """List what is stored in an image: the settings of the laundering do not concern a clean one."""
+        return {**self.form._asdict(), **(self.laundering._asdict() if condition != "clean" else {})}
+
+
 class Picture(NamedTuple):
     """The image, or the several images, to make of a recording."""
 
@@ -95,12 +134,7 @@ class Picture(NamedTuple):
 
 
 def find_recordings(folder: Path, kind: str) -> tuple[list[Recording], list[str], Counter]:
-    """Find the recordings of one kind.
-
-    Returns:
-        The recordings; a line for each file or folder that cannot be used; the number of files that are not audio, by
-        suffix.
-    """
+    """Find recordings; a line for each file that cannot be used; the number of files that are not audio, by suffix."""
     files, problems = runtime.find_files(folder)
     recordings, ignored = [], Counter()
     for path in files:
@@ -135,13 +169,10 @@ def make_portable(text: str, keep: str = "") -> str:
 
 
 def plan_pictures(recordings: list[Recording], conditions: dict[str, list[str]], data_dir: Path) -> list[Picture]:
-    """Plan the pictures of all recordings.
+    """Plan the pictures of all recordings; ValueError names all those whose images would have the same name.
 
     Args:
         conditions: copies to make for original, deepfake, unknown, and "fakes" (of genuine recordings).
-
-    Raises:
-        ValueError: names all recordings whose images would have the same name.
     """
     folders = {kind: {r.source for r in recordings if r.kind == kind} for kind in ("original", "deepfake")}
     sources = (folders["original"] & folders["deepfake"]) - {""}
@@ -172,25 +203,17 @@ def plan_pictures(recordings: list[Recording], conditions: dict[str, list[str]],
 # ---- Images that exist
 
 
-def choose_settings(settings: dict, condition: str) -> dict:
-    """Choose the settings that shape an image: those of the laundering do not concern a clean one."""
-    return {name: settings[name] for name in (*FORMAT, *(LAUNDERING_SETTINGS if condition != "clean" else ()))}
-
-
 @cache
 def checksum_file(path: str) -> int:
     """Compute the CRC-32 of a file's content."""
     return zlib.crc32(Path(path).read_bytes())
 
 
-def find_finished(folders: set[Path], pictures: list[Picture], settings: dict) -> set[Path]:
+def find_finished(folders: set[Path], pictures: list[Picture], recipe: Recipe) -> set[Path]:
     """Find the stems whose images are all there, made with these settings from these recordings.
 
-    Args:
-        folders: class folders and unknown/, in which nothing of another format may lie.
-
     Raises:
-        ValueError: an image there was made with other settings, from another recording, or not by this script.
+        ValueError: an image in these folders was made with other settings, from another recording, or elsewhere.
     """
     planned, found = {picture.stem: picture for picture in pictures}, defaultdict(list)
     for path in (Path(file) for folder in sorted(folders) for file in runtime.find_files(folder)[0]):
@@ -202,11 +225,11 @@ def find_finished(folders: set[Path], pictures: list[Picture], settings: dict) -
         if notes is None:
             raise ValueError(f"{path} was not made by this script: move it and its like out of {path.parent}")
         condition = planned[stem].condition if stem in planned else "clean"
-        for name, value in choose_settings(settings, condition).items():
-            if (stored := notes["settings"].get(name.lower())) != value:
+        for name, value in recipe.list_settings(condition).items():
+            if (stored := notes["settings"].get(name)) != value:
                 raise ValueError(
-                    f"{path} was made with {name} = {stored}, now it is {value}: move the old images out of "
-                    f"{path.parent}, or set {name} back"
+                    f"{path} was made with {name.upper()} = {stored}, now it is {value}: move the old images out of "
+                    f"{path.parent}, or set {name.upper()} back"
                 )
         if stem in planned:
             recording = planned[stem].recording.path
@@ -229,31 +252,31 @@ class Tally(NamedTuple):
     failed: list[str]  # a line for each recording or copy that was left out
 
 
-def make_images(todo: list[Picture], settings: dict, babble: list[str]) -> Tally:
+def make_images(todo: list[Picture], recipe: Recipe) -> Tally:
     """Make the images of every recording; continue past what cannot be read."""
-    by_recording = defaultdict(list)
+    by_recording, form = defaultdict(list), recipe.form
     for picture in todo:
         by_recording[picture.recording].append(picture)
     tally = Tally(Counter(), Counter(), Counter(), [])
     for recording, pictures in tqdm(by_recording.items(), "Making spectrograms", unit=" recordings", disable=None):
         try:
-            samples, peak = read_audio(recording.path, settings["SAMPLE_RATE"])
-            if len(samples) < settings["WINDOW_S"] * settings["SAMPLE_RATE"]:
+            samples, peak = read_audio(recording.path, form.sample_rate)
+            if len(samples) < form.window_s * form.sample_rate:
                 raise ValueError("it is shorter than WINDOW_S")
-            duration, starts = place_parts(len(samples), settings)
-            filled, hop = fill_up(samples, duration), round(settings["HOP_S"] * settings["SAMPLE_RATE"])
-            loud = [start for start in starts if np.ptp(filled[start * hop :][:duration]) > 2 * SILENCE / peak]
+            starts, filled = place_parts(len(samples), form), fill_up(samples, form.duration)
+            loud = [n for n in starts if np.ptp(filled[n * form.hop :][: form.duration]) > 2 * SILENCE / peak]
             if not loud:
                 raise ValueError("it holds nothing but silence")
-            notes = {"parts": len(loud), "recording_crc32": checksum_file(recording.path)}
+            checksum = checksum_file(recording.path)
         except Exception as error:  # decoders raise many kinds; every one is reported by name
             tally.failed.append(f"{recording.path}: {explain(error)}")
             continue
-        tally.seconds[recording.kind] += len(samples) / settings["SAMPLE_RATE"]
+        tally.seconds[recording.kind] += len(samples) / form.sample_rate
         tally.silent[recording.kind] += len(starts) - len(loud)
         for picture in pictures:
             try:
-                tally.images[picture.stem.parent] += make_picture(picture, samples, loud, settings, (notes, babble))
+                make_picture(picture, samples, loud, checksum, recipe)
+                tally.images[picture.stem.parent] += len(loud)
             except Exception as error:
                 tally.failed.append(f"{recording.path} ({picture.condition}): {explain(error)}")
     return tally
@@ -264,28 +287,21 @@ def explain(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def make_picture(picture: Picture, samples: np.ndarray, starts: list[int], settings: dict, about: tuple) -> int:
-    """Make the image, or images, of a recording under one condition. Returns how many.
-
-    Args:
-        starts: of the parts, in windows.
-        about: notes to store in the images, and recordings that babble may be made of.
-    """
-    notes, babble = about
-    others = [path for path in babble if os.path.basename(path) != os.path.basename(picture.recording.path)]
-    seed = [settings["SEED"], zlib.crc32(picture.stem.name.encode("utf-8"))]
-    rate = settings["SAMPLE_RATE"]
-    draw = Draw(rate, np.random.default_rng(seed), settings, others, lambda path: read_audio(path, rate)[0])
+def make_picture(picture: Picture, samples: np.ndarray, starts: list[int], checksum: int, recipe: Recipe) -> None:
+    """Make the image, or images, of a recording under one condition; the parts start at these windows."""
+    form, stem = recipe.form, picture.stem
+    others = [path for path in recipe.babble if os.path.basename(path) != os.path.basename(picture.recording.path)]
+    rng = np.random.default_rng([recipe.laundering.seed, zlib.crc32(stem.name.encode("utf-8"))])
+    rate = form.sample_rate
+    draw = Draw(rate, rng, recipe.laundering, others, lambda path: read_audio(path, rate)[0])
     laundered, words = launder(samples, picture.condition, draw)
-    duration, _ = place_parts(len(samples), settings)
-    parts = draw_parts(fill_up(laundered, duration), starts, settings)
-    notes = {**notes, **({"laundering": words} if words else {})}
-    picture.stem.parent.mkdir(parents=True, exist_ok=True)
-    for number, (part, start) in enumerate(zip(parts, starts), 1):
-        path = picture.stem.with_name(picture.stem.name + (f"_{number}" if len(parts) > 1 else "") + ".png")
-        stored = {**notes, "start_s": round(start * settings["HOP_S"], 3)}
-        runtime.write_file(path, encode_png(part, choose_settings(settings, picture.condition), stored))
-    return len(parts)
+    notes = {"settings": recipe.list_settings(picture.condition), "parts": len(starts), "recording_crc32": checksum}
+    notes |= {"laundering": words} if words else {}
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for number, part in enumerate(draw_parts(fill_up(laundered, form.duration), starts, form)):
+        path = stem.with_name(stem.name + (f"_{number + 1}" if len(starts) > 1 else "") + ".png")
+        notes["start_s"] = round(starts[number] * form.hop_s, 3)
+        runtime.write_file(path, encode_png(part, form.grey_levels, notes))
 
 
 # ---- Lists of images
@@ -310,11 +326,7 @@ def list_images(pictures: list[Picture], data_dir: Path) -> list[tuple[str, Pict
 
 
 def choose_test_speakers(recordings: list[Recording], fraction: float, seed: int) -> set[str]:
-    """Choose speakers (folders of recordings) for testing, a fraction of each class; the same when others are added.
-
-    Returns:
-        Names of folders; none where a class has fewer than two.
-    """
+    """Choose speakers, folders, for testing: a fraction of each class; none where a class has fewer than two."""
     by_class = [{r.folder for r in recordings if r.kind == kind} - {""} for kind in ("original", "deepfake")]
     if not fraction or min(map(len, by_class)) < 2:
         return set()
@@ -329,38 +341,6 @@ def choose_test_speakers(recordings: list[Recording], fraction: float, seed: int
 
 
 # ---- Main
-
-KINDS = ("original", "deepfake", "unknown")
-
-
-def check_settings(settings: dict) -> None:
-    """Raise ValueError that names every setting that cannot be used, its value and what is allowed."""
-    rate, rule = settings["SAMPLE_RATE"], runtime.Rule
-    laundering = f"clean, {', '.join([*LAUNDERING, *RESYNTHESES])}, or several joined by +"
-
-    def are_conditions(value: tuple, first: set[str]) -> bool:
-        steps = [condition.split("+") for condition in value]
-        known = {"clean", *LAUNDERING, *RESYNTHESES}
-        return not isinstance(value, str) and all(first & set(names) and set(names) <= known for names in steps)
-
-    rules = {
-        "CONDITIONS": rule(lambda v: v and are_conditions(v, {"clean", *LAUNDERING}), f"some of {laundering}"),
-        "FAKES": rule(lambda v: are_conditions(v, {*RESYNTHESES}), f"() or some of {', '.join(RESYNTHESES)}"),
-        "SNR_RANGE_DB": rule(lambda v: v[0] <= v[1], "(lowest, highest)"),
-        "RT60_RANGE_S": rule(lambda v: 0.05 <= v[0] <= v[1], "(shortest, longest), from 0.05"),
-        "HOLDOUT_SPEAKERS": runtime.number(0, 0.9),
-        "SEED": runtime.whole_number(0),
-        "SAMPLE_RATE": runtime.whole_number(1000),
-        "WINDOW_S": rule(lambda v: v * rate >= 8, "at least 8 samples long"),
-        "HOP_S": rule(lambda v: v * rate >= 1, "at least 1 sample long"),
-        "FREQUENCY_RANGE_HZ": rule(lambda v: 0 <= v[0] < v[1] <= rate / 2, "(low, high), up to half the sample rate"),
-        "FREQUENCY_SCALE": runtime.one_of("mel", "linear"),
-        "DB_RANGE": rule(lambda v: v[0] < v[1], "(darkest, brightest)"),
-        "SECONDS_PER_IMAGE": rule(lambda v: v >= settings["HOP_S"], "at least HOP_S"),
-        "IMAGE_SIZE": runtime.whole_number(8),
-        "GREY_LEVELS": runtime.whole_number(2, 256),
-    }
-    runtime.check_settings(settings, rules)
 
 
 def choose_conditions(settings: dict) -> tuple[dict[str, list[str]], list[str]]:
@@ -390,10 +370,10 @@ def report_kind(kind: str, recordings: list[Recording], tally: Tally, images: in
 def main() -> int:
     """Make the images that are missing. Returns the exit status: 0, or 1 if something was left out."""
     data_dir = Path(__file__).resolve().parent
-    names = (*FORMAT, *LAUNDERING_SETTINGS, "CONDITIONS", "FAKES", "HOLDOUT_SPEAKERS")
-    settings = {name: globals()[name] for name in names}
-    check_settings(settings)
+    settings = {name: globals()[name] for name in RULES}
+    runtime.check_settings(settings, RULES)
     settings = json.loads(json.dumps(settings))  # as the images give them back
+    form, laundering = (kind(*(settings[name.upper()] for name in kind._fields)) for kind in (Format, Laundering))
     audio_dir = Path(os.path.normpath(data_dir / AUDIO_DIR))
     recordings, problems, ignored = [], [], {}
     for kind in KINDS:
@@ -411,9 +391,10 @@ def main() -> int:
     problems += missing
     pictures = plan_pictures(recordings, conditions, data_dir)
     folders = {picture.stem.relative_to(data_dir).parts[0] for picture in pictures}
-    finished = find_finished({data_dir / folder for folder in folders}, pictures, settings)
     babble = [r.path for r in find_recordings(data_dir / BABBLE_DIR, "babble")[0]] if BABBLE_DIR else []
-    tally = make_images([picture for picture in pictures if picture.stem not in finished], settings, babble)
+    recipe = Recipe(form, laundering, babble)
+    finished = find_finished({data_dir / folder for folder in folders}, pictures, recipe)
+    tally = make_images([picture for picture in pictures if picture.stem not in finished], recipe)
 
     images = list_images(pictures, data_dir)
     for kind in ignored:
@@ -421,18 +402,18 @@ def main() -> int:
         report_kind(kind, recordings, tally, count, ignored[kind])
     made = sum(tally.images.values())
     print(f"{made:,} images made now; {len(finished):,} of {len(pictures):,} copies were there already")
-    write_lists(images, recordings, settings, data_dir.parent / "test_data")
+    speakers = choose_test_speakers(recordings, HOLDOUT_SPEAKERS, SEED)
+    write_lists(images, speakers, data_dir.parent / "test_data")
     problems += tally.failed
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
-def write_lists(images: list[tuple], recordings: list[Recording], settings: dict, folder: Path) -> None:
+def write_lists(images: list[tuple], speakers: set[str], folder: Path) -> None:
     """Write the lists of the images to judge, and of whole speakers to test on."""
     unknown = [[path, p.recording.name, f"{start_s:g}"] for path, p, start_s in images if p.recording.kind == "unknown"]
     lines = [write_list(folder / "unknown.csv", ["img_path", "recording", "start_s"], unknown)] if unknown else []
-    speakers = choose_test_speakers(recordings, settings["HOLDOUT_SPEAKERS"], settings["SEED"])
     own = [
         [path, p.recording.kind.capitalize(), p.recording.folder, p.condition]
         for path, p, _ in images
@@ -441,7 +422,7 @@ def write_lists(images: list[tuple], recordings: list[Recording], settings: dict
     if own:
         lines.append(write_list(folder / "test_own.csv", ["img_path", "actual_output", "speaker", "condition"], own))
         lines[-1] += f" of {len(speakers)} speakers: name it in HOLDOUT_CSVS and in CSV_FILES"
-    for line in filter(None, lines):
+    for line in lines:
         print(line)
 
 

@@ -6,7 +6,7 @@ import io
 import json
 from functools import cache
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 import scipy  # its parts load when they are first used
@@ -16,6 +16,36 @@ from resynthesis import space_frequencies
 TEXT_KEY = "spectrogram"  # PNG text chunk that holds the settings
 FRAMES_AT_ONCE = 8192  # the spectra of an hour of audio at once would take 11 GB
 DYNAMIC_RANGE_DB = 80  # what lies further below a recording's peak counts as silence
+
+
+class Format(NamedTuple):
+    """The settings that shape every picture, under the names by which they are stored in it; see the maker."""
+
+    sample_rate: int
+    window_s: float
+    hop_s: float
+    frequency_range_hz: tuple[float, float]
+    frequency_scale: str
+    db_range: tuple[float, float]
+    seconds_per_image: float
+    image_size: int
+    grey_levels: int
+
+    @property
+    def window(self) -> int:  # samples
+        return round(self.window_s * self.sample_rate)
+
+    @property
+    def hop(self) -> int:  # samples
+        return round(self.hop_s * self.sample_rate)
+
+    @property
+    def width(self) -> int:  # windows of a picture
+        return round(self.seconds_per_image / self.hop_s)
+
+    @property
+    def duration(self) -> int:  # samples of a picture
+        return self.window + (self.width - 1) * self.hop
 
 
 def fill_up(samples: np.ndarray, length: int) -> np.ndarray:
@@ -39,78 +69,59 @@ def weigh_bins(range_hz: tuple[float, float], rows: int, scale: str, fft_length:
     return weights / weights.sum(axis=0)
 
 
-def compute_levels(samples: np.ndarray, settings: dict) -> np.ndarray:
+def compute_levels(samples: np.ndarray, form: Format) -> np.ndarray:
     """Compute the levels of a recording's spectrogram, each frequency's mean over time removed.
 
-    Args:
-        samples: float64, shape (samples,), at SAMPLE_RATE.
-
     Returns:
-        float64 in dB, shape (IMAGE_SIZE, windows), row 0 the lowest frequency.
+        float64 in dB, shape (image_size, windows), row 0 the lowest frequency.
     """
-    rate = settings["SAMPLE_RATE"]
-    window_length, hop = round(settings["WINDOW_S"] * rate), round(settings["HOP_S"] * rate)
-    fft_length = 2 ** int(np.ceil(np.log2(2 * window_length)))
-    frames = np.lib.stride_tricks.sliding_window_view(samples, window_length)[::hop]
-    window = scipy.signal.get_window("hann", window_length)
-    range_hz, size, scale = tuple(settings["FREQUENCY_RANGE_HZ"]), settings["IMAGE_SIZE"], settings["FREQUENCY_SCALE"]
-    weights = weigh_bins(range_hz, size, scale, fft_length, rate)
+    fft_length = 2 ** int(np.ceil(np.log2(2 * form.window)))
+    frames = np.lib.stride_tricks.sliding_window_view(samples, form.window)[:: form.hop]
+    window = scipy.signal.get_window("hann", form.window)
+    rows = (tuple(form.frequency_range_hz), form.image_size, form.frequency_scale)
+    weights = weigh_bins(*rows, fft_length, form.sample_rate)
     blocks = np.array_split(frames, -(-len(frames) // FRAMES_AT_ONCE))
     power = np.concatenate([np.abs(np.fft.rfft(block * window, fft_length)) ** 2 @ weights for block in blocks])
     level_db = 10 * np.log10(np.maximum(power, power.max() * 10 ** (-DYNAMIC_RANGE_DB / 10)))
     return (level_db - level_db.mean(axis=0)).T
 
 
-def place_parts(length: int, settings: dict) -> tuple[int, list[int]]:
-    """Place pictures of equal duration evenly from a recording's start to its end.
+def place_parts(length: int, form: Format) -> list[int]:
+    """Place pictures evenly from the start of a recording of so many samples to its end: their starts, in windows.
 
     Neighbours overlap where the length is not a multiple, but a rest under a quarter of a picture is left out.
+    """
+    windows = (max(length, form.duration) - form.duration) // form.hop + form.width
+    count = max(1, int(np.ceil(windows / form.width - 0.25)))
+    return np.linspace(0, windows - form.width, count).astype(int).tolist()
 
-    Args:
-        length: samples of the recording.
+
+def draw_parts(samples: np.ndarray, starts: list[int], form: Format) -> list[np.ndarray]:
+    """Draw pictures of a recording that is at least as long as one, from these windows on.
 
     Returns:
-        The samples of one picture, and where each begins, in windows.
+        uint8 arrays, shape (image_size, image_size), values below grey_levels, highest frequency on top.
     """
-    rate, hop = settings["SAMPLE_RATE"], round(settings["HOP_S"] * settings["SAMPLE_RATE"])
-    width = round(settings["SECONDS_PER_IMAGE"] / settings["HOP_S"])
-    duration = round(settings["WINDOW_S"] * rate) + (width - 1) * hop
-    windows = (max(length, duration) - duration) // hop + width
-    count = max(1, int(np.ceil(windows / width - 0.25)))
-    return duration, np.linspace(0, windows - width, count).astype(int).tolist()
-
-
-def draw_parts(samples: np.ndarray, starts: list[int], settings: dict) -> list[np.ndarray]:
-    """Draw pictures of a recording.
-
-    Args:
-        samples: float64, at least as long as one picture; starts: in windows, as `place_parts` returns them.
-
-    Returns:
-        uint8 arrays, shape (IMAGE_SIZE, IMAGE_SIZE), values below GREY_LEVELS, highest frequency on top.
-    """
-    size, width = settings["IMAGE_SIZE"], round(settings["SECONDS_PER_IMAGE"] / settings["HOP_S"])
-    darkest, brightest = settings["DB_RANGE"]
-    shades = np.clip((compute_levels(samples, settings) - darkest) / (brightest - darkest), 0, 1)
+    darkest, brightest = form.db_range
+    shades = np.clip((compute_levels(samples, form) - darkest) / (brightest - darkest), 0, 1)
     parts = []
     for start in starts:
-        part = shades[::-1, start : start + width]
-        if width != size:
-            part = np.asarray(Image.fromarray(part.astype(np.float32)).resize((size, size), Image.BILINEAR))
-        parts.append(np.round(part * (settings["GREY_LEVELS"] - 1)).astype(np.uint8))
+        part = shades[::-1, start : start + form.width]
+        if form.width != form.image_size:
+            size = (form.image_size, form.image_size)
+            part = np.asarray(Image.fromarray(part.astype(np.float32)).resize(size, Image.BILINEAR))
+        parts.append(np.round(part * (form.grey_levels - 1)).astype(np.uint8))
     return parts
 
 
-def encode_png(part: np.ndarray, settings: dict, notes: dict) -> bytes:
-    """Encode one picture as a palette PNG that carries its settings, and notes of how it was made."""
+def encode_png(part: np.ndarray, grey_levels: int, notes: dict) -> bytes:
+    """Encode one picture as a palette PNG that carries notes of how it was made: its settings, and others."""
     from matplotlib import colormaps
 
     image = Image.frombytes("P", part.shape[::-1], part.tobytes())
-    palette = colormaps["magma"](np.linspace(0, 1, settings["GREY_LEVELS"]), bytes=True)[:, :3]
-    image.putpalette(palette.tobytes())
+    image.putpalette(colormaps["magma"](np.linspace(0, 1, grey_levels), bytes=True)[:, :3].tobytes())
     info = PngImagePlugin.PngInfo()
-    stored = {name.lower(): value for name, value in settings.items()}
-    info.add_text(TEXT_KEY, json.dumps({"settings": stored, **notes}))
+    info.add_text(TEXT_KEY, json.dumps(notes))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True, pnginfo=info)
     return buffer.getvalue()

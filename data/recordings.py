@@ -62,11 +62,7 @@ def read_audio(path: str, sample_rate: int) -> tuple[np.ndarray, float]:
 
 
 def decode_audio(path: str) -> tuple[np.ndarray, int]:
-    """Decode a file by its content: float64, shape (samples, channels), full scale 1; Hz.
-
-    Raises:
-        ValueError: it cannot be decoded.
-    """
+    """Decode a file by its content: float64, shape (samples, channels), full scale 1; Hz."""
     if has_soundfile():
         import soundfile
 

@@ -24,13 +24,9 @@ SHORTCUT_AUC = 0.75  # above it the class can be predicted without the voice
 
 
 def check_seen(table: pandas.DataFrame, facts: dict, scores: dict[str, Score]) -> Optional[dict]:
-    """Count the rows that were trained or validated on, as image or as another image of a recording; measure the rest.
-
-    Returns:
-        None where the checkpoint does not say what it has seen.
-    """
+    """Count rows that were trained or validated on, as image or as another image of a recording; measure the rest."""
     if "seen_images" not in facts:
-        return None
+        return None  # the checkpoint does not say
     images, recordings = (set(facts[name].tolist()) for name in ("seen_images", "seen_recordings"))
     as_image = np.array([scores[path].fingerprint in images for path in table["path"]], bool)
     as_recording = np.array([take_fingerprint(name.encode()) in recordings for name in table["recording"]], bool)
@@ -60,21 +56,16 @@ def check_format(paths: list[str], facts: dict) -> tuple[Optional[dict], set[str
     fraction = float((found.distances > 1).mean())
     few = len(chosen) < 5  # one in a hundred lies beyond by chance: few images have to lie far beyond
     is_unlike = np.median(found.distances) > UNLIKE_FEW if few else fraction > UNLIKE_FRACTION
-    warning = ""
+    warning, largest = "", dict(list(found.differences.items())[:3])
     if is_unlike or found.shift > UNLIKE_SHIFT:
-        largest = "; ".join(f"{name} {difference:+.1f}" for name, difference in list(found.differences.items())[:3])
+        named = "; ".join(f"{name} {difference:+.1f}" for name, difference in largest.items())
         warning = (
             f"{fraction:.0%} of {len(chosen)} images were rendered unlike the training images (validation: 1%), and "
             f"their mean lies {found.shift:.1f} from theirs (usual: below {UNLIKE_SHIFT}). Largest differences, in "
-            f"standard deviations: {largest}. Verdicts on them cannot be relied on"
+            f"standard deviations: {named}. Verdicts on them cannot be relied on"
         )
-    entry = {
-        "images": len(chosen),
-        "share_unlike": fraction,
-        "shift": found.shift,
-        "largest_shifts": dict(list(found.differences.items())[:3]),
-        "warning": warning,
-    }
+    entry = {"images": len(chosen), "share_unlike": fraction, "shift": found.shift}
+    entry |= {"largest_shifts": largest, "warning": warning}
     limit = UNLIKE_FEW if few else 1
     return entry, {path for path, distance in zip(chosen, found.distances) if distance > limit and warning}
 

@@ -42,7 +42,6 @@ class Data(NamedTuple):
     val: Subset
     weights: np.ndarray  # of the training images, for drawing them
     val_recordings: list[str]  # the recording of each validation image
-    fingerprints: dict[str, int]  # of the pixels of the images used, by path
 
 
 # ---- Images
@@ -152,11 +151,7 @@ def list_holdout(csv_paths: list[Path], data_dir: Path, encoding: str) -> list[s
 
 
 def leave_out_holdout(folder: SpectrogramFolder, listed: list[str], pattern: str) -> list[str]:
-    """Leave out what is listed for testing, copies of it under other names, and its recordings.
-
-    Raises:
-        ValueError: all images of a class are held out.
-    """
+    """Leave out what is listed for testing, copies of it under other names, and its recordings."""
     held, entries = set(listed), folder.cache.entries
     held_pixels = {entries[path].fingerprint for path in held if path in entries}
     held_recordings = {name_recording(path, folder.root, pattern) for path in held}
@@ -218,9 +213,6 @@ def find_sources(paths: list[str], labels: list[int], data_dir: str) -> list[str
 def group_images(*namings: list) -> np.ndarray:
     """Number the groups of images that must stay on one side of the split: those that share a name in any naming.
 
-    Args:
-        namings: each a list of hashable names, one per image: of recordings, of pixels, of sources.
-
     Returns:
         int array, shape (images,): the group of each image, from 0.
     """
@@ -237,14 +229,8 @@ def group_images(*namings: list) -> np.ndarray:
 def split_by_recording(groups: np.ndarray, labels: np.ndarray, val_fraction: float, seed: int) -> np.ndarray:
     """Draw whole groups for validation until each class has its fraction there.
 
-    Args:
-        groups: int, shape (images,), as `group_images` returns them; labels: class indices, same order.
-
     Returns:
         bool array, shape (images,): True for validation.
-
-    Raises:
-        ValueError: a class has no image on one of the sides.
     """
     counts = np.zeros((groups.max() + 1, len(CLASSES)), int)
     np.add.at(counts, (groups, labels), 1)
@@ -300,11 +286,7 @@ def report_names(paths: list[str], recordings: list[str], fingerprints: list[int
 
 
 def choose_images(folder: SpectrogramFolder, listed: list[str], settings: dict, team: Team) -> Chosen:
-    """Read every image once, and leave out what is held out or unreadable.
-
-    Args:
-        listed: the images that the hold-out CSVs name.
-    """
+    """Read every image once, and leave out what is listed for testing or unreadable."""
     labels = dict(folder.samples)
     elsewhere = [path for path in dict.fromkeys(listed) if path not in labels and os.path.isfile(path)]
     read_all_images(folder.cache, [*labels, *elsewhere], runtime.choose_workers(settings["WORKERS"]), team)
@@ -345,5 +327,4 @@ def split_images(folder: SpectrogramFolder, chosen: Chosen, settings: dict) -> D
         Subset(folder, indices[in_val].tolist()),
         weigh_images([source for source, is_val in zip(sources, in_val) if not is_val], labels[~in_val]),
         [recording for recording, is_val in zip(recordings, in_val) if is_val],
-        dict(zip(paths, fingerprints)),
     )

@@ -75,11 +75,7 @@ def draw_confusion(name: str, counts: np.ndarray) -> bytes:
 
 
 def draw_curves(name: str, table: pandas.DataFrame, measures: dict) -> bytes:
-    """Draw the DET curve with its operating points, and the scores of both classes with the threshold.
-
-    Args:
-        measures: eer, misses and false_alarms of the table.
-    """
+    """Draw the DET curve with its operating points, and the scores of both classes with the threshold."""
     figure, (axes,) = start_figure(11, 4.8, 1, 2)
     llr, is_fake = table["llr"].to_numpy(float), table["is_fake"].to_numpy(bool)
     draw_det(axes[0], llr, is_fake, measures)
@@ -129,11 +125,7 @@ def draw_score_histograms(axes: object, llr: np.ndarray, is_fake: np.ndarray) ->
 
 
 def draw_conditions(parts: list[dict], total: Optional[float]) -> bytes:
-    """Draw the EER with its interval for each value of the REPORT_BY columns, the highest on top.
-
-    Args:
-        parts: as the summary holds them under by_condition; total: EER of all rows.
-    """
+    """Draw the EER of all rows, and with its interval that of each value of the REPORT_BY columns, highest on top."""
     columns = list(dict.fromkeys(part["column"] for part in parts))
     chosen = {name: [part for part in parts if part["column"] == name and part["eer"] is not None] for name in columns}
     height = 1.6 + 0.32 * min(max(map(len, chosen.values())), MOST_CONDITIONS)
@@ -156,9 +148,6 @@ def draw_conditions(parts: list[dict], total: Optional[float]) -> bytes:
 @torch.inference_mode()
 def map_activations(detector: Detector, pixels: torch.Tensor) -> torch.Tensor:
     """Map where in an image the evidence for the deciding class lies: Zhou et al., 2016, section 2.
-
-    Args:
-        pixels: uint8, shape (3, size, size).
 
     Returns:
         float32, shape (size, size), 0 to 1.
@@ -202,9 +191,6 @@ def draw_evidence(axes: object, path: str, llr: float, detector: Detector) -> No
 
 def draw_timelines(recordings: pandas.DataFrame, llr: dict[str, float]) -> Optional[bytes]:
     """Draw for each of the first recordings the score of its parts along time over its spectrogram.
-
-    Args:
-        recordings: columns recording, paths; llr: log-likelihood ratio of each image, higher = more bona fide.
 
     Returns:
         None where no image says when it begins.

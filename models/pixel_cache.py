@@ -153,11 +153,7 @@ class PixelCache:
 
 
 def append(path: Path, content: bytes) -> int:
-    """Append to a file in one write, unbuffered. Returns where the content begins, in bytes.
-
-    Raises:
-        OSError: not all of it could be written.
-    """
+    """Append to a file in one write, unbuffered. Returns where the content begins, in bytes."""
     with open(path, "ab", buffering=0) as file:
         if file.write(content) < len(content):
             raise OSError(f"{path}: the disk is full")

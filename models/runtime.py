@@ -172,11 +172,7 @@ def join_team() -> Team:
 
 
 def choose_workers(setting: Optional[int], sharing: int = 1) -> int:
-    """Choose the number of processes that decode images: WORKERS, or this process's part of the cores, up to 8.
-
-    Args:
-        sharing: processes on this machine that share its cores.
-    """
+    """Choose the number of processes that decode images: WORKERS, or this process's part of the cores, up to 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(max(1, cores // sharing), 8) if setting is None else setting
 
@@ -278,11 +274,7 @@ ENCODING = Rule(lambda value: "".encode(value) is not None, "an encoding that Py
 
 
 def check_settings(settings: dict[str, object], rules: dict[str, Rule]) -> None:
-    """Check all settings at once, before anything slow.
-
-    Raises:
-        ValueError: names every setting that cannot be used, its value and what is allowed.
-    """
+    """Check all settings at once; ValueError names every one that cannot be used, its value and what is allowed."""
 
     def is_legal(name: str) -> bool:
         try:
@@ -339,12 +331,7 @@ def explain_error(error: Exception) -> Optional[str]:
 
 
 def run_script(main: Callable[[], int], doc: str, when_stopped: str) -> int:
-    """Run main() as a command. Returns its exit status, or that of an error, told in one line on standard error.
-
-    Args:
-        doc: what --help prints.
-        when_stopped: what the message on Ctrl-C or SIGTERM advises.
-    """
+    """Run main() as a command. Returns its exit status, or that of an error, told in one line on standard error."""
     sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
     argparse.ArgumentParser(
         usage=argparse.SUPPRESS,

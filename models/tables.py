@@ -241,7 +241,7 @@ def format_csv(rows: list, delimiter: str = ",", newline: str = "\n") -> bytes:
 
 
 def write_list(path: Path, header: list[str], rows: list[list[str]]) -> str:
-    """Write a CSV of images, unless it holds verdicts on other images. Returns what was done, "" for nothing."""
+    """Write a CSV of images, unless it holds verdicts on other images. Returns what was done."""
     if path.exists():
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             old = list(csv.DictReader(file))

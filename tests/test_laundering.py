@@ -14,7 +14,7 @@ from scipy.io import wavfile
 from scipy.signal import resample_poly, welch
 
 RATE = 16000
-SETTINGS = {"SNR_RANGE_DB": (5, 30), "RT60_RANGE_S": (0.2, 0.8)}
+SETTINGS = laundering.Laundering((5, 30), (0.2, 0.8), 0)
 SEEDS = range(8)
 
 

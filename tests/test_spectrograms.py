@@ -17,24 +17,13 @@ from conftest import MAKER, assert_refused, read_csv, run, run_process, write_cs
 from PIL import Image
 from scipy.io import wavfile
 
-SETTINGS = {
-    "SAMPLE_RATE": 16000,
-    "WINDOW_S": 0.032,
-    "HOP_S": 0.008,
-    "FREQUENCY_RANGE_HZ": [60, 7900],
-    "FREQUENCY_SCALE": "linear",
-    "DB_RANGE": [-30, 40],
-    "SECONDS_PER_IMAGE": 1.792,
-    "IMAGE_SIZE": 224,
-    "GREY_LEVELS": 64,
-}
+FORMAT = pictures.Format(16000, 0.032, 0.008, [60, 7900], "linear", [-30, 40], 1.792, 224, 64)
 CLEAN = {"CONDITIONS": ("clean",)}
 
 
-def cut(samples, settings=SETTINGS):
+def cut(samples, form=FORMAT):
     """The pictures of a recording."""
-    duration, starts = pictures.place_parts(len(samples), settings)
-    return pictures.draw_parts(pictures.fill_up(samples, duration), starts, settings)
+    return pictures.draw_parts(pictures.fill_up(samples, form.duration), pictures.place_parts(len(samples), form), form)
 
 
 def read_mono(path):
@@ -74,8 +63,7 @@ def test_images_are_palette_pngs_that_carry_their_settings(tmp_path):
         assert (image.mode, image.size) == ("P", (224, 224))
         stored = json.loads(image.text["spectrogram"])
     checksum = zlib.crc32((tmp_path / "data/audio/original/voice1.wav").read_bytes())
-    settings = {name.lower(): value for name, value in SETTINGS.items()}
-    assert stored == {"settings": settings, "parts": 1, "recording_crc32": checksum, "start_s": 0}
+    assert stored == {"settings": FORMAT._asdict(), "parts": 1, "recording_crc32": checksum, "start_s": 0}
 
 
 def find_row(frequency, scale="linear"):
@@ -86,7 +74,7 @@ def find_row(frequency, scale="linear"):
 @pytest.mark.parametrize("scale", ["mel", "linear"])
 @pytest.mark.parametrize("frequency", [500, 2000, 6000])
 def test_tone_appears_in_its_row_and_at_its_time(frequency, scale):
-    (part,) = cut(make_tone(frequency, 1.9), {**SETTINGS, "FREQUENCY_SCALE": scale})
+    (part,) = cut(make_tone(frequency, 1.9), FORMAT._replace(frequency_scale=scale))
     expected = find_row(frequency, scale)
     assert abs(part[:, :50].astype(int).sum(axis=1).argmax() - expected) <= 2
     on = part[int(round(expected))].astype(int)
