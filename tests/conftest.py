@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -18,13 +19,25 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from scipy.io import wavfile
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import laundering  # noqa: E402
+import pictures  # noqa: E402
+import recordings  # noqa: E402
+
 TRAINER, EVALUATOR, MAKER = "train_deepfake_detector.py", "evaluate_deepfake_model.py", "data/make_spectrograms.py"
 QUICK = {"IMAGE_SIZE": 32, "EPOCHS": 1, "BATCH_SIZE": 8, "WORKERS": 0, "PRETRAINED": None, "VAL_FRACTION": 0.25}
+FORMAT = pictures.Format(16000, 0.032, 0.008, [60, 7900], "linear", [-30, 40], 1.792, 224, 64)
+CLEAN = {"CONDITIONS": ("clean",)}
+RATE = 16000
+LAUNDERING = laundering.Laundering((5, 30), (0.2, 0.8), 0)
+O0, D0 = "original/combined/o0__clean_1.png", "deepfake/combined/d0__clean_1.png"
+CHECKPOINT = "models/experiments/best_laundered_processed.pth"
+MODELS = "models/experiments"
 
 
 def pytest_configure() -> None:
@@ -135,6 +148,115 @@ def make_project(folder: Path, recordings: int = 16) -> Path:
                     rows.append([name, kind.capitalize()])
     write_csv(folder / "test_data" / "test.csv", rows)
     return folder
+
+
+# ---- Recordings
+
+
+def cut(samples, form=FORMAT):
+    """The pictures of a recording."""
+    return pictures.draw_parts(pictures.fill_up(samples, form.duration), pictures.place_parts(len(samples), form), form)
+
+
+def make_tone(frequency, seconds, rate=16000, gap=0.5):
+    """A tone that comes and goes, in a little noise: float64, shape (samples,)."""
+    time = np.arange(int(seconds * rate)) / rate
+    noise = np.random.default_rng(0).normal(size=len(time))
+    return np.sin(2 * np.pi * frequency * time) * (time % (2 * gap) < gap) + 0.01 * noise
+
+
+def write_wav(path, samples, rate=16000, kind=np.int16):
+    """Write samples as WAV, scaled to their peak."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    peak = np.abs(samples).max()
+    scale = {np.int16: 32000, np.int32: 2**31 - 1000, np.float32: 1.0, np.uint8: 100}[kind]
+    wavfile.write(path, rate, (samples / peak * scale + (128 if kind is np.uint8 else 0)).astype(kind))
+
+
+def find_row(frequency, scale="linear"):
+    """The row, from the top, in which a frequency lies."""
+    bottom, place, top = (2595 * math.log10(1 + hz / 700) if scale == "mel" else hz for hz in (60, frequency, 7900))
+    return 223 * (top - place) / (top - bottom)
+
+
+def list_images(folder):
+    """The paths of all images below a folder."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+
+
+def make_voice(seed=0, seconds=2.0):
+    """Bursts of noise with a voice-like slope: float64, peak 1."""
+    draw = np.random.default_rng(seed)
+    samples = np.convolve(draw.normal(size=int(seconds * RATE)), np.exp(-np.arange(40) / 8), mode="same")
+    samples *= 0.1 + (np.sin(np.arange(len(samples)) / RATE * 2 * np.pi * 3) > 0)
+    return samples / np.abs(samples).max()
+
+
+def write_voices(folder, names):
+    """Write a recording for each name; return their paths."""
+    folder.mkdir(parents=True)
+    for number, name in enumerate(names):
+        wavfile.write(folder / f"{name}.wav", RATE, (make_voice(number) * 32000).astype(np.int16))
+    return sorted(folder.iterdir())
+
+
+def make_draw(seed, others=()):
+    """What a laundering depends on, for a seed."""
+    rng = np.random.default_rng(seed)
+    return laundering.Draw(RATE, rng, LAUNDERING, others, lambda path: recordings.read_audio(path, RATE)[0])
+
+
+# ---- Results
+
+
+def evaluate_text(judged, text):
+    """Evaluate a CSV of this text."""
+    (judged / "test_data/test.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return run(judged, EVALUATOR, WORKERS=0)
+
+
+def draw_scores(bona_fide, spoof, seed=0):
+    """Log-likelihood ratios of two classes, and which are fakes."""
+    draw = np.random.default_rng(seed)
+    llr = np.concatenate([draw.normal(1, 1.5, bona_fide), draw.normal(-1, 1.5, spoof)])
+    return llr, np.arange(len(llr)) >= bona_fide
+
+
+def read_tsv(path):
+    """Read a score or key file as rows."""
+    return [line.split("\t") for line in path.read_text().splitlines()]
+
+
+def add_condition(folder):
+    """Give the test CSV a column that its results are broken down by."""
+    rows = read_csv(folder / "test_data/test.csv")
+    cells = [[row["img_path"], row["actual_output"], f"c{number % 2}"] for number, row in enumerate(rows)]
+    write_csv(folder / "test_data/test.csv", [["img_path", "actual_output", "condition"], *cells])
+
+
+def write_parts(path, seed, fakes, seconds=1.8):
+    """Write the images of a recording's parts, as the maker does: one for each entry of `fakes`."""
+    for number, fake in enumerate(fakes, 1):
+        part = path.with_name(f"{path.name}__clean_{number}.png")
+        make_image(part, seed + number, fake)
+        info = PngImagePlugin.PngInfo()
+        notes = {"settings": {"seconds_per_image": seconds}, "parts": len(fakes), "start_s": (number - 1) * seconds}
+        info.add_text("spectrogram", json.dumps(notes))
+        with Image.open(part) as image:
+            image.load()
+            image.save(part, pnginfo=info)
+
+
+def assert_picture(content, size):
+    """Assert that a PNG has this size and is not blank."""
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.size == size
+        pixels = np.asarray(image.convert("RGB"), float)
+    assert pixels.std() > 10
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+# ---- Projects
 
 
 @pytest.fixture

@@ -64,6 +64,44 @@ def test_functions_and_files_named_under_change_the_code_exist():
             assert name in text, name
 
 
+LAYERS = [  # each may import what stands below it, and what stands before it in its own row
+    [TRAINER, EVALUATOR, MAKER],
+    ["models/checks.py", "models/figures.py", "models/report.py", "data/laundering.py", "data/pictures.py"],
+    ["models/tables.py", "models/metrics.py", "models/pixel_cache.py", "models/dataset.py", "data/resynthesis.py"],
+    ["models/images.py", "models/detector.py", "data/recordings.py"],
+    ["models/runtime.py"],
+]
+
+
+def test_arrows_between_modules_point_one_way():
+    order = [name for layer in LAYERS[::-1] for name in layer]
+    paths = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]}
+    assert {path for path in paths if not path.startswith("tests/")} == {*order, "models/__init__.py"}
+    modules = {re.sub(r"^data/", "", name).removesuffix(".py").replace("/", "."): name for name in order}
+    for place, name in enumerate(order):
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                found = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for module in set(found) & set(modules):
+                assert order.index(modules[module]) < place, f"{name} imports {modules[module]}"
+
+
+def test_every_module_has_a_line_in_the_table_and_a_file_of_tests():
+    pages = {name: (ROOT / name / "README.md").read_text(encoding="utf-8") for name in ("models", "data")}
+    for name in (name for layer in LAYERS for name in layer):
+        folder, _, file = name.rpartition("/")
+        assert not folder or f"`{file}`" in pages[folder], name
+        assert (ROOT / "tests" / f"test_{file}").exists(), name
+
+
+@pytest.mark.slow
+def test_maker_does_not_import_torch():
+    code = "import sys; sys.path.insert(0, 'data'); import make_spectrograms; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_every_path_named_exists_or_is_written(trained):
     named = set(re.findall(r"`((?:data|models|test_data|tests)/[\w./-]*)`", README))
     written = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}

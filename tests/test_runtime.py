@@ -1,8 +1,9 @@
-"""Several processes under torchrun do what one does."""
+"""How scripts run: several processes under torchrun do what one does; streams, leftovers."""
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,23 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import EVALUATOR, QUICK, TRAINER, copy_script, make_project, read_csv, run
+from conftest import (
+    EVALUATOR,
+    MODELS,
+    O0,
+    QUICK,
+    TRAINER,
+    copy_script,
+    make_project,
+    read_csv,
+    run,
+    run_process,
+    write_csv,
+)
 
 import train_deepfake_detector as trainer
 from models.runtime import Team
 
-MODELS = "models/experiments"
 EXACT = {**QUICK, "EPOCHS": 2, "PRECISION": "float32"}
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 PLAIN = """
@@ -47,6 +59,37 @@ def tell(*arguments):
 trainer.add_gradients = tell
 sys.exit(runtime.run_script(trainer.main, "", ""))
 """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["2>&-", ">&- 2>&-", "| head -n 1"])
+def test_closed_streams_do_not_cost_the_work(judged, how):
+    copy_script(judged, EVALUATOR, WORKERS=0)
+    command = f"{sys.executable} -u {EVALUATOR} {how}"
+    subprocess.run(["bash", "-c", command], cwd=judged, capture_output=True, timeout=120)
+    assert all(row["predicted_output"] for row in read_csv(judged / "test_data/test.csv"))
+    assert (judged / "test_data/test_report.txt").exists()
+
+
+@pytest.mark.slow
+def test_names_that_are_not_ascii_are_found_with_an_ascii_file_system(judged):
+    shutil.copy(judged / "data" / O0, judged / "data/\u00e9t\u00e9.png")
+    write_csv(judged / "test_data/test.csv", [["img_path"], ["\u00e9t\u00e9.png"]])
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    copy_script(judged, EVALUATOR, WORKERS=0)
+    done = subprocess.run([sys.executable, EVALUATOR], cwd=judged, env=env, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert read_csv(judged / "test_data/test.csv")[0]["predicted_output"]
+
+
+def test_leftovers_of_killed_runs_are_removed_and_others_kept(project):
+    (project / MODELS).mkdir(parents=True)
+    old, new = (project / MODELS / f".writing-{name}.tmp" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    assert run(project, TRAINER, **QUICK).status == 0
+    assert [path.name for path in project.rglob(".*.tmp")] == [new.name]  # of a run beside this one
 
 
 def launch(folder, script, processes, *options, **constants):
@@ -177,3 +220,15 @@ def test_batches_too_small_for_the_team_are_refused(project):
     done = launch(project, TRAINER, 3, **{**QUICK, "BATCH_SIZE": 4})
     assert done.returncode != 0
     assert "BATCH_SIZE = 4 (allowed: at least 2 for each of 3 processes)" in done.stderr
+
+
+def test_names_with_dollars_and_of_other_encodings_pass(judged):
+    name = "cost$5_$6_\udce9__clean.png"
+    shutil.copy(judged / "data/original/combined/o0__clean_1.png", judged / "data/cost$5_$6__clean.png")
+    table = judged / "test_data/test.csv"
+    table.write_text(table.read_text().rstrip("\n") + "\ncost$5_$6__clean.png,Deepfake\n")
+    outcome = run_process(judged, EVALUATOR, env={"PYTHONIOENCODING": "ascii"}, WORKERS=0)
+    assert outcome.status == 0, outcome.err
+    shutil.copy(judged / "data/original/combined/o0__clean_1.png", os.fsencode(judged / "data/original" / name))
+    outcome = run_process(judged, TRAINER, env={"PYTHONIOENCODING": "ascii"}, **QUICK)
+    assert outcome.status == 0, outcome.err

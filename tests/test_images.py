@@ -3,13 +3,27 @@
 import numpy as np
 import pytest
 import torch
-from conftest import EVALUATOR, QUICK, TRAINER, make_project, read_csv, run, write_csv
+from conftest import EVALUATOR, O0, QUICK, TRAINER, evaluate_text, make_project, read_csv, run, write_csv
 from PIL import Image
 
 from models import images
 
 RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
 COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=2)
+MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"]
+
+
+def test_fast_decoding_keeps_within_a_grey_level_of_the_slow_way(tmp_path):
+    draw = np.random.default_rng(0)
+    levels = draw.integers(0, 256, (1155, 2325, 4), dtype=np.uint8)
+    levels[:, ::2] = levels[:, 1::2][:, : levels[:, ::2].shape[1] - 1].repeat(2, axis=1)[:, : levels[:, ::2].shape[1]]
+    for mode in ("RGBA", "RGB", "L", "P"):
+        Image.fromarray(levels).convert("RGB").convert(mode).save(tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as image:
+            slow = np.asarray(image.convert("RGB").resize((224, 224), Image.BILINEAR)).astype(int)
+        fast = images.read_image(str(tmp_path / "a.png"), 224).permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(fast - slow).mean() < 0.1
+        assert np.abs(fast - slow).max() <= 1
 
 
 def save_in_mode(mode, path):
@@ -31,9 +45,6 @@ def save_in_mode(mode, path):
         return np.stack([RAMP, 255 - RAMP, RAMP * 0], axis=2)
     Image.fromarray(COLOUR).convert(mode).save(path, **({"quality": 100} if mode == "CMYK" else {}))
     return COLOUR
-
-
-MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"]
 
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
@@ -105,3 +116,9 @@ def test_fingerprint_survives_saving_anew_and_tells_images_apart(tmp_path):
         images.take_fingerprint(images.read_image(str(tmp_path / n), 64).numpy()) for n in ("a.png", "b.bmp", "c.png")
     ]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_audio_is_sent_to_the_maker(judged):
+    (judged / "data/a.wav").write_bytes(b"RIFF")
+    outcome = evaluate_text(judged, f"img_path\na.wav\n{O0}\n")
+    assert "it is audio: make images of it with data/make_spectrograms.py" in outcome.err

@@ -6,11 +6,9 @@ import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
-from conftest import EVALUATOR, QUICK, TRAINER, make_image, make_project, run, run_process, write_csv
-from PIL import Image
+from conftest import EVALUATOR, QUICK, TRAINER, make_image, make_project, run_process
 
 from models import images, pixel_cache
 
@@ -215,21 +213,3 @@ def test_result_does_not_depend_on_cache_workers_or_way_of_starting_them(tmp_pat
         assert run_process(folder, EVALUATOR, env=env, WORKERS=constants["WORKERS"]).status == 0
     for other in states[1:]:
         assert all(torch.equal(states[0][key], other[key]) for key in other)
-
-
-def test_fast_decoding_keeps_within_a_grey_level_of_the_slow_way(tmp_path):
-    draw = np.random.default_rng(0)
-    levels = draw.integers(0, 256, (1155, 2325, 4), dtype=np.uint8)
-    levels[:, ::2] = levels[:, 1::2][:, : levels[:, ::2].shape[1] - 1].repeat(2, axis=1)[:, : levels[:, ::2].shape[1]]
-    for mode in ("RGBA", "RGB", "L", "P"):
-        Image.fromarray(levels).convert("RGB").convert(mode).save(tmp_path / "a.png")
-        with Image.open(tmp_path / "a.png") as image:
-            slow = np.asarray(image.convert("RGB").resize((224, 224), Image.BILINEAR)).astype(int)
-        fast = images.read_image(str(tmp_path / "a.png"), 224).permute(1, 2, 0).numpy().astype(int)
-        assert np.abs(fast - slow).mean() < 0.1
-        assert np.abs(fast - slow).max() <= 1
-
-
-def test_path_listed_twice_is_judged_once(judged):
-    write_csv(judged / "test_data/test.csv", [["img_path"]] + [["original/combined/o0__clean_1.png"]] * 3)
-    assert "Judged 1 images in " in run(judged, EVALUATOR).out

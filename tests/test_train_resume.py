@@ -4,20 +4,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EVALUATOR, QUICK, ROOT, TRAINER, assert_refused, copy_script, make_image, read_csv, run
+from conftest import MODELS, QUICK, ROOT, TRAINER, assert_refused, copy_script, make_image, read_csv, run
 from torchvision.models import resnet
 
 import train_deepfake_detector as trainer
 from models import detector
 from models.runtime import Compute
 
-MODELS = "models/experiments"
 BEST, FINAL = "best_laundered_processed.pth", "final_laundered_processed.pth"
 LONG = {**QUICK, "EPOCHS": 3}
 
@@ -152,19 +150,6 @@ def test_missing_best_checkpoint_stops(interrupted):
     assert "put it back, or start over: RESUME = False" in outcome.err
 
 
-def test_leftovers_of_killed_runs_are_removed_and_others_kept(project):
-    (project / MODELS).mkdir(parents=True)
-    old, new = (project / MODELS / f".writing-{name}.tmp" for name in ("old", "new"))
-    for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
-    assert run(project, TRAINER, **QUICK).status == 0
-    assert [path.name for path in project.rglob(".*.tmp")] == [new.name]  # of a run beside this one
-
-
-# ---- Signals, memory, disk
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
@@ -191,20 +176,27 @@ def test_signals_end_with_a_line_that_says_how_to_go_on(project, number, status,
     assert torch.load(project / MODELS / "resume_state.pth", weights_only=True)["history"]
 
 
-def limit_batch(monkeypatch, limit):
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+def limit_batch(monkeypatch, limit, error=OUT_OF_MEMORY[0]):
     """Let a network run out of memory on more than `limit` images."""
     forward = resnet.ResNet.forward
 
     def run_out(self, images):
         if len(images) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return forward(self, images)
 
     monkeypatch.setattr(resnet.ResNet, "forward", run_out)
 
 
-def test_too_little_memory_halves_the_parts_and_says_so_once(project, monkeypatch):
-    limit_batch(monkeypatch, 3)
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_too_little_memory_halves_the_parts_and_says_so_once(project, monkeypatch, error):
+    limit_batch(monkeypatch, 3, error)
     outcome = run(project, TRAINER, **LONG)
     assert outcome.status == 0, outcome.err
     assert outcome.out.count("Out of memory: computing batches in parts from now on") == 1
@@ -247,7 +239,7 @@ def test_loss_that_is_no_number_stops_and_names_the_step(project, monkeypatch):
 
     monkeypatch.setattr(resnet.ResNet, "forward", go_astray)
     outcome = run(project, TRAINER, **LONG)  # 5 steps an epoch
-    assert_refused(outcome, "the loss of step 4 of this epoch is not finite")
+    assert_refused(outcome, "the loss of step 4 of this epoch is not finite", "lower LEARNING_RATE")
     assert detector.load_content(project / MODELS / BEST)["epoch"] == 1
 
 
@@ -274,29 +266,6 @@ def test_chaos_in_a_few_rounds():
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 0 faults" in done.stdout
-
-
-def test_evaluation_ends_on_sigterm_with_a_line_and_leaves_the_csv(judged, monkeypatch):
-    before = (judged / "test_data/test.csv").read_bytes()
-    monkeypatch.setattr(resnet.ResNet, "forward", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    outcome = run(judged, EVALUATOR, WORKERS=0)
-    assert outcome.status == 143
-    assert outcome.err == "stopped by SIGTERM; CSVs not yet written are as they were; run it again to judge them\n"
-    assert (judged / "test_data/test.csv").read_bytes() == before
-
-
-def test_memory_of_a_cpu_running_out_counts_as_well(project, monkeypatch):
-    forward = resnet.ResNet.forward
-
-    def run_out(self, images):
-        if len(images) > 3:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
-        return forward(self, images)
-
-    monkeypatch.setattr(resnet.ResNet, "forward", run_out)
-    outcome = run(project, TRAINER, **QUICK)
-    assert outcome.status == 0, outcome.err
-    assert "Out of memory: computing batches in parts" in outcome.out
 
 
 def test_paths_among_the_hold_out_lists_leave_a_checkpoint_that_loads(project):

@@ -1,0 +1,143 @@
+"""The trainer: what it learns, what it writes."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, TRAINER, assert_refused, read_checkpoint, read_csv, run
+from matplotlib import colormaps
+from PIL import Image
+
+import train_deepfake_detector as trainer
+from models import detector
+from models.images import IMAGENET_MEAN, IMAGENET_STD, learn_colours
+from models.runtime import Team
+
+
+def test_run_writes_every_file_of_the_design(trained):
+    folder = trained / "models/experiments"
+    assert {path.name for path in folder.iterdir()} == {
+        "best_laundered_processed.pth",
+        "final_laundered_processed.pth",
+        "history.csv",
+        "learning_curves.png",
+    }
+    assert [row["epoch"] for row in read_csv(folder / "history.csv")] == [str(n) for n in range(1, 9)]
+    with Image.open(folder / "learning_curves.png") as image:
+        assert image.size == (1320, 480)
+
+
+def test_training_learns_the_difference(trained):
+    history = read_csv(trained / "models/experiments/history.csv")
+    assert max(float(row["val_auc"]) for row in history) >= 0.9
+
+
+def test_checkpoint_holds_plain_types_and_every_fact(trained):
+    best, final = (
+        torch.load(trained / f"models/experiments/{kind}_laundered_processed.pth", weights_only=True)
+        for kind in ("best", "final")
+    )
+    assert best["classes"] == ["Deepfake", "Original"]
+    assert (best["image_size"], best["recording_pattern"]) == (32, trainer.RECORDING_PATTERN)
+    assert (best["mean"], best["std"]) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
+    assert best["initial_weights"] == "random (PRETRAINED = None)"
+    assert best["settings"]["LEARNING_RATE"] == 1e-3
+    assert {tensor.dtype for tensor in best["state_dict"].values()} == {torch.float32, torch.int64}
+    detector.make_network().load_state_dict(best["state_dict"])
+    history = read_csv(trained / "models/experiments/history.csv")
+    losses = [float(row["val_loss"]) for row in history]
+    assert best["epoch"] == 1 + losses.index(min(losses))
+    assert best["metrics"]["val_loss"] == min(losses)
+    assert final["epoch"] == 8
+
+
+def test_unreadable_image_is_named_counted_and_left_out(project):
+    (project / "data/deepfake/combined/d9__clean_1.png").write_text("no picture")
+    outcome = run(project, TRAINER, **{**QUICK, "MAX_UNREADABLE": 0.1})
+    assert outcome.status == 1
+    assert "left out, unreadable: " in outcome.err
+    assert "d9__clean_1.png" in outcome.err
+    checkpoint = read_checkpoint(project, "final")
+    assert checkpoint["unreadable_images"] == 1
+
+
+def test_too_many_unreadable_images_stop_the_run(project):
+    (project / "data/deepfake/combined/d9__clean_1.png").write_bytes(b"")
+    outcome = run(project, TRAINER, **QUICK)
+    assert_refused(outcome, "MAX_UNREADABLE = 0.01")
+    assert not list((project / "models/experiments").iterdir())
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"BATCH_SIZE": 0, "EPOCHS": "5", "VAL_FRACTION": 1.5},
+        {"RECORDING_PATTERN": "(", "IMAGE_SIZE": 8},
+        {"RECORDING_PATTERN": "no group", "PRECISION": "half"},
+        {"LEARNING_RATE": -1, "WORKERS": -1, "SEED": 1.5},
+    ],
+)
+def test_wrong_settings_are_all_named_at_once(project, constants):
+    outcome = run(project, TRAINER, **{**QUICK, **constants})
+    assert_refused(outcome)
+    for name, value in constants.items():
+        assert f"{name} = {value!r} (allowed: " in outcome.err
+
+
+def test_batches_are_drawn_by_weight():
+    batches = trainer.Batches(np.array([0.5] + [0.5 / 99] * 99), 50, 10, Team())
+    drawn = [index for _ in range(100) for batch in batches for index in batch]
+    assert len(drawn) == 5_000
+    assert drawn.count(0) / len(drawn) == pytest.approx(0.5, abs=0.03)
+    assert len(set(drawn)) == 100
+
+
+def test_learning_rate_rises_for_a_twentieth_of_the_steps_then_falls_to_zero():
+    rates = [trainer.scale_rate(step, 200) for step in range(201)]
+    assert rates[:2] == [0.1, 0.2] and rates[9] == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[105] == pytest.approx(0.5)
+    assert rates[200] == 0
+    assert trainer.scale_rate(0, 1) == 1  # a single step is taken in full
+
+
+def test_patience_ends_training(project):
+    outcome = run(project, TRAINER, **{**QUICK, "EPOCHS": 40, "PATIENCE": 1})
+    rows = read_csv(project / "models/experiments/history.csv")
+    assert outcome.status == 0
+    assert len(rows) < 40
+    assert "Stopped early" in outcome.out
+    assert float(rows[-1]["val_loss"]) >= float(rows[-2]["val_loss"])
+
+
+def test_augmentation_keeps_shape_range_and_axes():
+    draw = torch.Generator().manual_seed(0)
+    grey = torch.linspace(0, 1, 256)[:, None].repeat(1, 3)
+    images = torch.zeros(64, 3, 48, 64)
+    images[:, :, 10] = 1  # a line at one frequency stays at that frequency
+    changed = trainer.augment(images, grey, 1.0, draw)
+    assert changed.shape == images.shape
+    assert changed.min() >= 0 and changed.max() <= 1
+    rows = changed.mean((0, 1, 3))
+    assert rows.argmax() == 10
+    assert not torch.equal(changed[0], changed[1])
+    assert trainer.augment(images, grey, 0.875, draw).shape == (64, 3, 48, 56)
+    assert trainer.augment(images, grey, 0.1, draw).shape == (64, 3, 48, 48)  # see SHORTEST_CROP
+
+
+def test_augmentation_stays_on_the_colour_map():
+
+    magma = torch.tensor(colormaps["magma"](np.linspace(0, 1, 256))[:, :3], dtype=torch.float32)
+    levels = torch.randint(0, 256, (8, 48, 48), generator=torch.Generator().manual_seed(0))
+    images = magma[levels].permute(0, 3, 1, 2)
+    learnt = learn_colours([((image * 255).round().byte(), 0) for image in images])
+    changed = trainer.augment(images, learnt, 1.0, torch.Generator().manual_seed(1)).permute(0, 2, 3, 1).reshape(-1, 3)
+    distance = torch.cdist(changed[::50], magma).min(1).values
+    assert distance.median() < 0.02
+    assert (distance < 0.1).float().mean() > 0.95
+
+
+def test_checkpoint_holds_the_scores_of_validation(trained):
+    scores = read_checkpoint(trained)["validation_scores"]
+    assert {name: len(values) for name, values in scores.items()} == {"Deepfake": 3, "Original": 3}
+    assert scores["Deepfake"].max() < scores["Original"].min()
+    assert all(torch.equal(values, values.sort().values) for values in scores.values())
