@@ -61,11 +61,6 @@ def compute_eer(misses: np.ndarray, false_alarms: np.ndarray) -> np.ndarray:
     return (np.take_along_axis(misses, nearest, 1) + np.take_along_axis(false_alarms, nearest, 1))[:, 0] / 2
 
 
-def compute_cllr(llr: np.ndarray, is_fake: np.ndarray) -> float:
-    """Compute the cost of log-likelihood ratios in bits (Brummer and du Preez, 2006); 1: no better than no score."""
-    return float(np.logaddexp(0, -llr[~is_fake]).mean() + np.logaddexp(0, llr[is_fake]).mean()) / 2 / math.log(2)
-
-
 def compute_ece(llr: np.ndarray, is_fake: np.ndarray, bins: int = 10) -> float:
     """Compute the expected calibration error of the probability of a fake, both classes weighing the same."""
     probability = to_probability(llr)
@@ -101,7 +96,9 @@ def measure(llr: np.ndarray, is_fake: np.ndarray) -> dict[str, Optional[float]]:
     measures["eer"] = float(compute_eer(misses, false_alarms)[0])
     measures["min_dcf"] = float((cost_miss * misses + cost_alarm * false_alarms).min()) / min(cost_miss, cost_alarm)
     measures["act_dcf"] = float(act_cost) / min(cost_miss, cost_alarm)
-    measures["cllr"] = cllr if math.isfinite(cllr := compute_cllr(llr, is_fake)) else None
+    # in bits: Brummer and du Preez, 2006
+    cllr = float(np.logaddexp(0, -llr[~is_fake]).mean() + np.logaddexp(0, llr[is_fake]).mean()) / 2 / math.log(2)
+    measures["cllr"] = cllr if math.isfinite(cllr) else None
     measures["ece"] = compute_ece(llr, is_fake)
     return measures
 
