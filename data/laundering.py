@@ -114,7 +114,16 @@ def encode(samples: np.ndarray, draw: Draw) -> tuple[np.ndarray, str]:
     return np.resize(scipy.signal.resample_poly(coded, draw.rate, code_rate), len(samples)), f"{name} at {code_rate} Hz"
 
 
+ANY = ("noise", "reverb", "resample", "codec", "bandlimit")
+
+
+def launder_anyhow(samples: np.ndarray, draw: Draw) -> tuple[np.ndarray, str]:
+    """Launder in one of the ways of ANY, drawn for each recording."""
+    return LAUNDERING[str(draw.rng.choice(ANY))](samples, draw)
+
+
 LAUNDERING = {
+    "any": launder_anyhow,
     "noise": add_noise,
     "reverb": add_reverb,
     "resample": resample,

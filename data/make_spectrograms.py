@@ -4,7 +4,7 @@
 
 In:  recordings at any depth below AUDIO_DIR/original/ (genuine), AUDIO_DIR/deepfake/ (synthetic or manipulated) and
      AUDIO_DIR/unknown/ (to be judged): WAV, and with `soundfile` installed FLAC, MP3, OGG, Opus, AIFF, telephone WAV.
-Out: images in original/combined/, deepfake/combined/ and unknown/, IMAGE_SIZE x IMAGE_SIZE, 8-bit palette (magma);
+Out: images in original/combined/, deepfake/combined/ and unknown/, IMAGE_SIZE x IMAGE_SIZE, RGB (README.md);
      test_data/unknown.csv, and test_data/test_own.csv where recordings lie in speaker folders.
 
 `<folder>/<recording>.wav` becomes `<folder>-<recording>__<condition>[_<part>].png`. A first folder that both classes
@@ -43,7 +43,7 @@ from models.tables import write_list  # noqa: E402
 # Settings. Relative paths start at this script's folder.
 AUDIO_DIR = Path("audio")  # holds original/, deepfake/ and unknown/, each with recordings at any depth
 
-CONDITIONS = ("clean",)  # also noise, reverb, resample, codec, bandlimit, gain, clip; "reverb+noise": in turn
+CONDITIONS = ("clean",)  # also noise, reverb, resample, codec, bandlimit; any: one of these; gain, clip; "reverb+noise"
 FAKES = ()  # fakes to make of each genuine recording: griffinlim, lpc, harmonic; "lpc+codec": laundered as well
 BABBLE_DIR = None  # folder of recordings for babble among the noises, the same for both classes; None: no babble
 SNR_RANGE_DB = (5, 30)  # dB, speech over noise
@@ -55,11 +55,9 @@ SAMPLE_RATE = 16000  # Hz; recordings of any other rate are resampled
 WINDOW_S = 0.032  # s, length of one Hann window
 HOP_S = 0.008  # s, from one window to the next
 FREQUENCY_RANGE_HZ = (60, 7900)  # Hz, bottom and top row
-FREQUENCY_SCALE = "linear"  # shows vocoders best; "mel" gives low frequencies more rows
 DB_RANGE = (-30, 40)  # dB, darkest and brightest level, relative to each frequency's mean over time
-SECONDS_PER_IMAGE = 1.792  # s; with the hop above: 224 windows, one per pixel
-IMAGE_SIZE = 224  # pixels, width and height
-GREY_LEVELS = 64  # 2 to 256; fewer make smaller files
+IMAGE_SIZE = 112  # pixels, width and height; a column is two hops wide, an image shows 1.8 s
+LEVELS = 32  # values of each colour, 2 to 256; fewer make smaller files
 # ------------------------------------------------------------------------------------------------
 
 
@@ -86,11 +84,9 @@ RULES = {
     "FREQUENCY_RANGE_HZ": Rule(
         lambda v: 0 <= v[0] < v[1] <= SAMPLE_RATE / 2, "(low, high), up to half the sample rate"
     ),
-    "FREQUENCY_SCALE": runtime.one_of("mel", "linear"),
     "DB_RANGE": Rule(lambda value: value[0] < value[1], "(darkest, brightest)"),
-    "SECONDS_PER_IMAGE": Rule(lambda value: value >= HOP_S, "at least HOP_S"),
     "IMAGE_SIZE": runtime.whole_number(8),
-    "GREY_LEVELS": runtime.whole_number(2, 256),
+    "LEVELS": runtime.whole_number(2, 256),
 }
 KINDS = ("original", "deepfake", "unknown")
 LONGEST_NAME = 180  # bytes of a recording's name in the names of its images
@@ -261,10 +257,10 @@ def make_images(todo: list[Picture], recipe: Recipe) -> Tally:
     for recording, pictures in tqdm(by_recording.items(), "Making spectrograms", unit=" recordings", disable=None):
         try:
             samples, peak = read_audio(recording.path, form.sample_rate)
-            if len(samples) < form.window_s * form.sample_rate:
+            if len(samples) < form.window:
                 raise ValueError("it is shorter than WINDOW_S")
             starts, filled = place_parts(len(samples), form), fill_up(samples, form.duration)
-            loud = [n for n in starts if np.ptp(filled[n * form.hop :][: form.duration]) > 2 * SILENCE / peak]
+            loud = [n for n in starts if np.ptp(filled[n * form.column :][: form.duration]) > 2 * SILENCE / peak]
             if not loud:
                 raise ValueError("it holds nothing but silence")
             checksum = checksum_file(recording.path)
@@ -288,7 +284,7 @@ def explain(error: Exception) -> str:
 
 
 def make_picture(picture: Picture, samples: np.ndarray, starts: list[int], checksum: int, recipe: Recipe) -> None:
-    """Make the image, or images, of a recording under one condition; the parts start at these windows."""
+    """Make the image, or images, of a recording under one condition; the parts start at these columns."""
     form, stem = recipe.form, picture.stem
     others = [path for path in recipe.babble if os.path.basename(path) != os.path.basename(picture.recording.path)]
     rng = np.random.default_rng([recipe.laundering.seed, zlib.crc32(stem.name.encode("utf-8"))])
@@ -296,12 +292,12 @@ def make_picture(picture: Picture, samples: np.ndarray, starts: list[int], check
     draw = Draw(rate, rng, recipe.laundering, others, lambda path: read_audio(path, rate)[0])
     laundered, words = launder(samples, picture.condition, draw)
     notes = {"settings": recipe.list_settings(picture.condition), "parts": len(starts), "recording_crc32": checksum}
-    notes |= {"laundering": words} if words else {}
+    notes |= {"seconds": round(form.duration / rate, 3), **({"laundering": words} if words else {})}
     stem.parent.mkdir(parents=True, exist_ok=True)
     for number, part in enumerate(draw_parts(fill_up(laundered, form.duration), starts, form)):
         path = stem.with_name(stem.name + (f"_{number + 1}" if len(starts) > 1 else "") + ".png")
-        notes["start_s"] = round(starts[number] * form.hop_s, 3)
-        runtime.write_file(path, encode_png(part, form.grey_levels, notes))
+        notes["start_s"] = round(starts[number] * form.column / rate, 3)
+        runtime.write_file(path, encode_png(part, notes))
 
 
 # ---- Lists of images
@@ -348,7 +344,7 @@ def choose_conditions(settings: dict) -> tuple[dict[str, list[str]], list[str]]:
     conditions, fakes = (list(dict.fromkeys(settings[name])) for name in ("CONDITIONS", "FAKES"))
     problems = []
     if not has_soundfile():
-        lacking = [condition for condition in (*conditions, *fakes) if "codec" in condition]
+        lacking = [name for name in (*conditions, *fakes) if {"codec", "any"} & {*name.split("+")}]
         if lacking:
             problems.append(f"condition {', '.join(lacking)}: codecs need soundfile: pip install soundfile")
         conditions, fakes = ([c for c in names if c not in lacking] for names in (conditions, fakes))
@@ -422,6 +418,9 @@ def write_lists(images: list[tuple], speakers: set[str], folder: Path) -> None:
     if own:
         lines.append(write_list(folder / "test_own.csv", ["img_path", "actual_output", "speaker", "condition"], own))
         lines[-1] += f" of {len(speakers)} speakers: name it in HOLDOUT_CSVS and in CSV_FILES"
+    if unknown:
+        settings = 'MODEL_PATH = Path("models/speech_resnet18.pth") and CSV_FILES = ["test_data/unknown.csv"]'
+        lines.append(f"To judge the recordings in unknown/, set in evaluate_deepfake_model.py: {settings}")
     for line in lines:
         print(line)
 

@@ -1,9 +1,14 @@
-"""Pictures of a recording: levels over time and frequency, cut into parts, as PNG with its settings."""
+"""Pictures of speech: level and phase of a recording's spectrogram, as RGB images that carry their settings.
+
+Red shows the level, green how regular the phase is over time, blue how regular it is over frequency. README.md, beside
+this file, explains them.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -11,11 +16,11 @@ from typing import NamedTuple, Optional
 import numpy as np
 import scipy  # its parts load when they are first used
 from PIL import Image, PngImagePlugin
-from resynthesis import space_frequencies
 
 TEXT_KEY = "spectrogram"  # PNG text chunk that holds the settings
-FRAMES_AT_ONCE = 8192  # the spectra of an hour of audio at once would take 11 GB
+COLUMNS_AT_ONCE = 64  # the spectra of an hour of audio at once would take 20 GB
 DYNAMIC_RANGE_DB = 80  # what lies further below a recording's peak counts as silence
+WINDOWS_PER_COLUMN = 2
 
 
 class Format(NamedTuple):
@@ -25,11 +30,9 @@ class Format(NamedTuple):
     window_s: float
     hop_s: float
     frequency_range_hz: tuple[float, float]
-    frequency_scale: str
     db_range: tuple[float, float]
-    seconds_per_image: float
     image_size: int
-    grey_levels: int
+    levels: int
 
     @property
     def window(self) -> int:  # samples
@@ -40,12 +43,16 @@ class Format(NamedTuple):
         return round(self.hop_s * self.sample_rate)
 
     @property
-    def width(self) -> int:  # windows of a picture
-        return round(self.seconds_per_image / self.hop_s)
+    def column(self) -> int:  # samples from one column of a picture to the next
+        return WINDOWS_PER_COLUMN * self.hop
 
     @property
     def duration(self) -> int:  # samples of a picture
-        return self.window + (self.width - 1) * self.hop
+        return self.window + self.image_size * self.column - self.hop
+
+    @property
+    def fft_length(self) -> int:
+        return 2 ** int(np.ceil(np.log2(2 * self.window)))
 
 
 def fill_up(samples: np.ndarray, length: int) -> np.ndarray:
@@ -60,75 +67,120 @@ def fill_up(samples: np.ndarray, length: int) -> np.ndarray:
     return np.resize(np.roll(samples, -start), length)
 
 
-@cache
-def weigh_bins(range_hz: tuple[float, float], rows: int, scale: str, fft_length: int, rate: int) -> np.ndarray:
-    """Weigh the bins of a spectrum for each row of a picture: float64, shape (fft_length // 2 + 1, rows)."""
-    rows_bin = space_frequencies(*range_hz, rows, scale) * fft_length / rate
-    reach = np.maximum(np.gradient(rows_bin), 1)  # a triangle up to the next rows, or else between two bins
-    weights = np.maximum(0, 1 - np.abs(np.arange(fft_length // 2 + 1)[:, None] - rows_bin) / reach)
-    return weights / weights.sum(axis=0)
-
-
-def compute_levels(samples: np.ndarray, form: Format) -> np.ndarray:
-    """Compute the levels of a recording's spectrogram, each frequency's mean over time removed.
-
-    Returns:
-        float64 in dB, shape (image_size, windows), row 0 the lowest frequency.
-    """
-    fft_length = 2 ** int(np.ceil(np.log2(2 * form.window)))
-    frames = np.lib.stride_tricks.sliding_window_view(samples, form.window)[:: form.hop]
-    window = scipy.signal.get_window("hann", form.window)
-    rows = (tuple(form.frequency_range_hz), form.image_size, form.frequency_scale)
-    weights = weigh_bins(*rows, fft_length, form.sample_rate)
-    blocks = np.array_split(frames, -(-len(frames) // FRAMES_AT_ONCE))
-    power = np.concatenate([np.abs(np.fft.rfft(block * window, fft_length)) ** 2 @ weights for block in blocks])
-    level_db = 10 * np.log10(np.maximum(power, power.max() * 10 ** (-DYNAMIC_RANGE_DB / 10)))
-    return (level_db - level_db.mean(axis=0)).T
-
-
 def place_parts(length: int, form: Format) -> list[int]:
-    """Place pictures evenly from the start of a recording of so many samples to its end: their starts, in windows.
+    """Place pictures evenly from a recording's start to its end.
 
     Neighbours overlap where the length is not a multiple, but a rest under a quarter of a picture is left out.
+
+    Args:
+        length: samples of the recording.
+
+    Returns:
+        Where each begins, in columns.
     """
-    windows = (max(length, form.duration) - form.duration) // form.hop + form.width
-    count = max(1, int(np.ceil(windows / form.width - 0.25)))
-    return np.linspace(0, windows - form.width, count).astype(int).tolist()
+    windows = (max(length, form.duration) - form.window) // form.hop + 1
+    columns, size = windows // WINDOWS_PER_COLUMN, form.image_size
+    count = max(1, int(np.ceil(columns / size - 0.25)))
+    return np.linspace(0, columns - size, count).astype(int).tolist()
+
+
+@cache
+def weigh_bins(low_hz: float, high_hz: float, rows: int, fft_length: int, rate: int) -> scipy.sparse.csr_matrix:
+    """Weigh the bins of a spectrum for each row of a picture, the lowest frequency first: shape (rows, bins)."""
+    centres = np.linspace(low_hz, high_hz, rows) * fft_length / rate
+    reach = np.maximum(np.gradient(centres), 1)[:, None]  # a triangle up to the next rows, or else between two bins
+    weights = np.maximum(0, 1 - np.abs(np.arange(fft_length // 2 + 1) - centres[:, None]) / reach)
+    return scipy.sparse.csr_matrix(weights / weights.sum(axis=1, keepdims=True))
+
+
+def compute_channels(samples: np.ndarray, form: Format) -> np.ndarray:
+    """Compute the three channels of a recording.
+
+    Args:
+        samples: float64, shape (samples,), at least a picture's duration, with a peak of about 1.
+
+    Returns:
+        float32, shape (3, rows, columns), 0 to 1, row 0 the lowest frequency: level, regularity of the phase over
+        time and over frequency.
+    """
+    frames = np.lib.stride_tricks.sliding_window_view(samples, form.window)[:: form.hop]
+    columns = len(frames) // WINDOWS_PER_COLUMN
+    blocks = [
+        compute_block(frames, start, min(start + COLUMNS_AT_ONCE, columns), form)
+        for start in range(0, columns, COLUMNS_AT_ONCE)
+    ]
+    power, *regularities = (np.concatenate(parts, axis=1) for parts in zip(*blocks))
+    level_db = 10 * np.log10(np.maximum(power, power.max() * 10 ** (-DYNAMIC_RANGE_DB / 10)))
+    level_db -= level_db.mean(axis=1, keepdims=True)
+    darkest, brightest = form.db_range
+    level = np.clip((level_db - darkest) / (brightest - darkest), 0, 1).astype(np.float32)
+    return np.stack([level, *regularities])
+
+
+def compute_block(frames: np.ndarray, start: int, stop: int, form: Format) -> tuple[np.ndarray, ...]:
+    """Compute power and both regularities of some columns, each of shape (rows, columns).
+
+    Args:
+        frames: all windows of the recording, not yet weighted, shape (windows, samples).
+        start, stop: in columns.
+    """
+    first, last = WINDOWS_PER_COLUMN * start, WINDOWS_PER_COLUMN * stop
+    left, right = max(first - 1, 0), min(last + 1, len(frames))  # the phase is compared with the windows beside
+    windows = frames[left:right] * scipy.signal.get_window("hann", form.window)
+    spectrum = scipy.fft.rfft(windows, form.fft_length).T.copy()
+    turns = np.zeros((2, *spectrum.shape), complex)
+    turns[0, :, 1:-1] = compare_phase(spectrum[:, :-2], spectrum[:, 1:-1], spectrum[:, 2:])
+    turns[1, 1:-1] = compare_phase(spectrum[:-2], spectrum[1:-1], spectrum[2:])
+    own = slice(first - left, last - left)
+    power = sum_cells(np.square(spectrum[:, own].real) + np.square(spectrum[:, own].imag), form)
+    return power, *(measure_regularity(turn[:, own], form) for turn in turns)
+
+
+def compare_phase(before: np.ndarray, at: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Compute how much the step of the phase changes from one neighbour to the next, weighing like power."""
+    turn = after * before * np.square(at.conj())  # (after at*) (at before*)*
+    turn /= np.sqrt(np.abs(turn)) + 1e-9
+    return turn
+
+
+def measure_regularity(turns: np.ndarray, form: Format) -> np.ndarray:
+    """Measure how far the turns of a cell agree, their coherence, on a logarithmic scale: 0 to 1 for 0 to 99.9 %."""
+    coherence = np.abs(sum_cells(turns, form)) / (sum_cells(np.abs(turns), form) + 1e-12)
+    return np.clip(-np.log10(1.001 - np.minimum(coherence, 1)) / 3, 0, 1).astype(np.float32)
+
+
+def sum_cells(values: np.ndarray, form: Format) -> np.ndarray:
+    """Sum bins into rows by their weights, and average the windows of each column."""
+    weights = weigh_bins(*form.frequency_range_hz, form.image_size, form.fft_length, form.sample_rate)
+    rows = weights @ values
+    return rows.reshape(len(rows), -1, WINDOWS_PER_COLUMN).mean(axis=2)
 
 
 def draw_parts(samples: np.ndarray, starts: list[int], form: Format) -> list[np.ndarray]:
-    """Draw pictures of a recording that is at least as long as one, from these windows on.
+    """Draw pictures of a recording.
+
+    Args:
+        samples: float64, at least as long as one picture; starts: in columns, as `place_parts` returns them.
 
     Returns:
-        uint8 arrays, shape (image_size, image_size), values below grey_levels, highest frequency on top.
+        uint8 arrays, shape (image_size, image_size, 3), RGB of `levels` values a channel, highest frequency on top.
     """
-    darkest, brightest = form.db_range
-    shades = np.clip((compute_levels(samples, form) - darkest) / (brightest - darkest), 0, 1)
-    parts = []
-    for start in starts:
-        part = shades[::-1, start : start + form.width]
-        if form.width != form.image_size:
-            size = (form.image_size, form.image_size)
-            part = np.asarray(Image.fromarray(part.astype(np.float32)).resize(size, Image.BILINEAR))
-        parts.append(np.round(part * (form.grey_levels - 1)).astype(np.uint8))
-    return parts
+    steps = np.round(compute_channels(samples, form) * (form.levels - 1))
+    pixels = np.round(steps * (255 / (form.levels - 1))).astype(np.uint8).transpose(1, 2, 0)[::-1]
+    return [pixels[:, start : start + form.image_size] for start in starts]
 
 
-def encode_png(part: np.ndarray, grey_levels: int, notes: dict) -> bytes:
-    """Encode one picture as a palette PNG that carries notes of how it was made: its settings, and others."""
-    from matplotlib import colormaps
-
-    image = Image.frombytes("P", part.shape[::-1], part.tobytes())
-    image.putpalette(colormaps["magma"](np.linspace(0, 1, grey_levels), bytes=True)[:, :3].tobytes())
+def encode_png(part: np.ndarray, notes: dict) -> bytes:
+    """Encode one picture as a PNG that carries notes: its settings, and how it was made."""
     info = PngImagePlugin.PngInfo()
     info.add_text(TEXT_KEY, json.dumps(notes))
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True, pnginfo=info)
+    Image.fromarray(part).save(buffer, "PNG", pnginfo=info, compress_type=zlib.Z_HUFFMAN_ONLY)
     return buffer.getvalue()
 
 
 def read_notes(path: Path) -> Optional[dict]:
-    """Read what `encode_png` stored in an image; None: it is another's."""
+    """Read what the maker stored in an image; None: it is not the maker's."""
     try:
         with Image.open(path) as image:
             notes = json.loads(image.text[TEXT_KEY])

@@ -12,10 +12,8 @@ import numpy as np
 import scipy  # its parts load when they are first used
 
 
-def space_frequencies(low: float, high: float, count: int, scale: str) -> np.ndarray:
-    """Space frequencies evenly on a scale, "linear" or "mel" (O'Shaughnessy, 1987): Hz, float64, shape (count,)."""
-    if scale == "linear":
-        return np.linspace(low, high, count)
+def space_mel(low: float, high: float, count: int) -> np.ndarray:
+    """Space frequencies evenly on the mel scale (O'Shaughnessy, 1987): Hz, float64, shape (count,)."""
     return 700 * np.expm1(np.linspace(np.log1p(low / 700), np.log1p(high / 700), count))
 
 
@@ -25,7 +23,7 @@ def invert_mel_spectrogram(samples: np.ndarray, rate: int, rng: np.random.Genera
     to_frames = partial(scipy.signal.stft, fs=rate, nperseg=length, noverlap=3 * length // 4)
     to_samples = partial(scipy.signal.istft, fs=rate, nperseg=length, noverlap=3 * length // 4)
     frequencies, _, frames = to_frames(samples)
-    edges = space_frequencies(40, rate / 2, bands + 2, "mel")
+    edges = space_mel(40, rate / 2, bands + 2)
     rising = (frequencies - edges[:-2, None]) / np.diff(edges)[:-1, None]
     falling = (edges[2:, None] - frequencies) / np.diff(edges)[1:, None]
     filters = np.maximum(0, np.minimum(rising, falling))

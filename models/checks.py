@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Optional
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 FORMAT_SAMPLE = 200  # images of a CSV that the format check looks at
 UNLIKE_FRACTION = 0.2  # so many of them may be rendered unlike the training images before it warns
-UNLIKE_SHIFT = 3  # Mahalanobis distance of their mean, likewise
+UNLIKE_SHIFT = 4  # Mahalanobis distance of their mean, likewise
 UNLIKE_FEW = 1.5  # median distance of fewer than five images, in units of what 99 % of validation's keep, likewise
 SHORTCUT_AUC = 0.75  # above it the class can be predicted without the voice
 
@@ -68,6 +69,28 @@ def check_format(paths: list[str], facts: dict) -> tuple[Optional[dict], set[str
     entry |= {"largest_shifts": largest, "warning": warning}
     limit = UNLIKE_FEW if few else 1
     return entry, {path for path, distance in zip(chosen, found.distances) if distance > limit and warning}
+
+
+def check_start(facts: dict, images: Iterable[int], recordings: Iterable[str], paths: list[str]) -> None:
+    """Warn where the checkpoint that training starts from has seen what is held out, or was trained on other images.
+
+    Args:
+        facts: of that checkpoint.
+        images, recordings: what is held out: fingerprints of pixels, names.
+        paths: the training images.
+    """
+    held = {"seen_images": {*images}, "seen_recordings": {take_fingerprint(name.encode()) for name in recordings}}
+    if any(counts := [len(held[name] & {*facts[name].tolist()}) if name in facts else 0 for name in held]):
+        print(
+            f"WARNING: PRETRAINED has seen {counts[0]:,} of the held-out images and {counts[1]:,} of their recordings: "
+            "a test on them will be too good"
+        )
+    look, _ = check_format(paths, facts)
+    if look and look["warning"]:
+        print(
+            f"Note: {look['share_unlike']:.0%} of the training images were rendered unlike those of PRETRAINED: "
+            "PRETRAINED = 'IMAGENET1K_V1' may be the better start"
+        )
 
 
 def check_shortcuts(looks: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Optional[dict[str, float]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"Original": "#0072B2", "Deepfake": "#D55E00"}  # told apart by the colour-blind: Okabe and Ito, 2008
 MOST_TIMELINES = 12  # recordings whose timelines are drawn
+COLOURS_MEAN = "Colours of the maker's images: red level, green and blue regular phase over time and over frequency"
 MOST_CONDITIONS = 40  # values of a column that the picture of conditions shows
 
 
@@ -176,7 +177,9 @@ def draw_mistakes(table: pandas.DataFrame, detector: Detector) -> bytes:
                 axes.set_title("none", fontsize=8)
             else:
                 draw_evidence(axes, *image, detector)
-    figure.suptitle("The most confident verdicts; cyan: where the evidence for the verdict is strongest")
+    figure.suptitle(
+        f"The most confident verdicts; outlined: where the evidence for the verdict is strongest\n{COLOURS_MEAN}"
+    )
     return finish_figure(figure)
 
 
@@ -184,7 +187,9 @@ def draw_evidence(axes: object, path: str, llr: float, detector: Detector) -> No
     """Draw an image, with an outline of where the evidence for the verdict is."""
     pixels = read_image(path, detector.facts["image_size"])
     axes.imshow(pixels.permute(1, 2, 0).numpy(), aspect="auto")
-    axes.contour(map_activations(detector, pixels).numpy(), levels=[0.5], colors="cyan", linewidths=1)
+    evidence = map_activations(detector, pixels).numpy()
+    for colour, width in (("black", 2.5), ("white", 1)):  # seen on any colours
+        axes.contour(evidence, levels=[0.5], colors=colour, linewidths=width)
     name = os.path.splitext(os.path.basename(path))[0]
     axes.set_title(f"score {to_scores(np.array(llr)).item():.3f}\n{shorten(name, 36)}", fontsize=8)
 
@@ -214,12 +219,13 @@ def draw_timelines(recordings: pandas.DataFrame, llr: dict[str, float]) -> Optio
             axes.imshow(pixels, extent=(start_s, shown, 0, 1), aspect="auto", alpha=0.75)
             score = to_scores(np.array(llr[path])).item()
             colour = COLOURS["Deepfake" if score >= 0.5 else "Original"]
-            axes.plot([start_s, shown], [score, score], color="white", linewidth=6)
-            axes.plot([start_s, shown], [score, score], color=colour, linewidth=3.5)
+            for line_colour, width in (("black", 7), ("white", 5.5), (colour, 3.5)):
+                axes.plot([start_s, shown], [score, score], color=line_colour, linewidth=width)
         axes.axhline(0.5, color="white", linestyle="--", linewidth=1)
         axes.set(xlim=(ends[0][0], max(stop for _, stop in spans)), ylim=(-0.03, 1.03), ylabel="deepfake_score")
         axes.set_title(shorten(name, 80), fontsize=9, loc="left")
-    all_axes[-1, 0].set_xlabel("time, s (dashed: threshold; blue below it: original, red above it: deepfake)")
+    words = "time, s (dashed: threshold; blue line below it: original, orange line above it: deepfake)"
+    all_axes[-1, 0].set_xlabel(f"{words}\n{COLOURS_MEAN}")
     return finish_figure(figure)
 
 
@@ -229,7 +235,7 @@ def draw_learning_curves(history: list[dict], best_epoch: int) -> bytes:
 
     epochs = [row["epoch"] for row in history]
     figure, ((left, right),) = start_figure(11, 4, 1, 2)
-    left.plot(epochs, [row["train_loss"] for row in history], ".-", label="training (smoothed labels, augmented)")
+    left.plot(epochs, [row["train_loss"] for row in history], ".-", label="training (smoothed labels, cropped images)")
     left.plot(epochs, [row["val_loss"] for row in history], ".-", label="validation")
     right.plot(epochs, [row["val_balanced_accuracy"] for row in history], ".-", label="balanced accuracy")
     right.plot(epochs, [row["val_auc"] for row in history], ".-", label="area under the ROC curve")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -17,7 +17,10 @@ from torch.utils.data import Dataset
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # pytorch.org/vision/stable/models.html, ResNet18_Weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aif", ".aiff", ".webm", ".aac", ".wma", ".amr")
-BAND_STATISTICS = ("deviation over time", "change from row to row", "change from column to column")
+STATISTICS = ("deviation over time", "change from row to row", "change from column to column")
+CHANNELS = ("red", "green", "blue")
+BANDS = ("highest", "upper", "lower", "lowest")  # quarters of the rows, from the top
+SHADES = 6  # values of a channel in the joint distribution of the three
 RENDERING_SAMPLE = 2000  # images whose rendering statistics are learnt
 
 
@@ -59,7 +62,7 @@ def read_span(path: str) -> Optional[tuple[float, float]]:
     try:
         with Image.open(path) as image:
             notes = json.loads(image.text["spectrogram"])
-        return notes["start_s"], notes["start_s"] + notes["settings"]["seconds_per_image"]
+        return notes["start_s"], notes["start_s"] + (notes.get("seconds") or notes["settings"]["seconds_per_image"])
     except (OSError, KeyError, ValueError, TypeError, AttributeError):
         return None
 
@@ -91,23 +94,19 @@ def to_brightness(images: torch.Tensor) -> torch.Tensor:
 # ---- Rendering statistics: they differ where images were made with other software or settings
 
 
-def learn_colours(images: Dataset, sample: int = 64) -> torch.Tensor:
-    """Learn from a sample of images which colour stands for which brightness.
+def count_colours(pixels: torch.Tensor) -> torch.Tensor:
+    """Count how often each combination of the channels' values occurs.
 
-    For grey images, and for colour maps that rise in brightness (magma, viridis), that is the colour map.
+    Args:
+        pixels: uint8, shape (batch, 3, height, width).
 
     Returns:
-        float32, shape (256, 3), RGB in 0 to 1 for brightness 0 to 255.
+        float32, shape (batch, SHADES ** 3): fractions of the pixels of each image.
     """
-    chosen = np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int)
-    pixels = torch.stack([images[index][0] for index in chosen]).float() / 255
-    bins = (to_brightness(pixels) * 255).round().long().flatten()
-    colours = pixels.permute(0, 2, 3, 1).reshape(-1, 3)
-    count = torch.bincount(bins, minlength=256)
-    total = torch.zeros(256, 3).index_add_(0, bins, colours)
-    seen = torch.nonzero(count).flatten().numpy()
-    mean = (total[seen] / count[seen, None]).numpy()
-    return torch.tensor(np.stack([np.interp(np.arange(256), seen, band) for band in mean.T], axis=1)).float()
+    shades = pixels.flatten(2).long() * SHADES // 256
+    joint = (shades[:, 0] * SHADES + shades[:, 1]) * SHADES + shades[:, 2]
+    counts = torch.zeros(len(pixels), SHADES**3).scatter_add_(1, joint, torch.ones(joint.shape))
+    return counts / joint.shape[1]
 
 
 def describe_rendering(pixels: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
@@ -117,20 +116,22 @@ def describe_rendering(pixels: torch.Tensor, colours: torch.Tensor) -> torch.Ten
 
     Args:
         pixels: uint8, shape (batch, 3, height, width).
-        colours: float32, shape (256, 3), as `learn_colours` returns them.
+        colours: mean of `count_colours` over training images, shape (SHADES ** 3,).
 
     Returns:
-        float32, shape (batch, 25), logarithms: BAND_STATISTICS, each in eight bands from top to bottom; distance of
-        the colours from `colours`.
+        float32, shape (batch, 40): logarithms of each of STATISTICS for each of CHANNELS in each of BANDS and of the
+        Hellinger distance of the image's colours from `colours`; for each channel how much steeper its rises are than
+        its falls, -1 to 1, which tells images that run backwards.
     """
     images = pixels.float() / 255
-    brightness = to_brightness(images)
-    painted = nn.functional.embedding((brightness * 255).round().int(), colours).permute(0, 3, 1, 2)
-    distance = (images - painted).abs().mean((1, 2, 3))
-    brightness = brightness - brightness.mean(2, keepdim=True)
-    maps = (brightness.std(2), brightness.diff(dim=1).abs().mean(2), brightness.diff(dim=2).abs().mean(2))
-    bands = [nn.functional.adaptive_avg_pool1d(rows, 8) for rows in maps]
-    return torch.log(torch.cat([*bands, distance[:, None]], dim=1) + 1e-3)
+    images = images - images.mean(3, keepdim=True)
+    maps = (images.std(3), images.diff(dim=2).abs().mean(3), images.diff(dim=3).abs().mean(3))
+    bands = [nn.functional.adaptive_avg_pool1d(rows, len(BANDS)).flatten(1) for rows in maps]
+    overlap = (count_colours(pixels) * colours).sqrt().sum(1, keepdim=True)
+    distance = (1 - overlap).clamp_min(0).sqrt()
+    steps = images.mean(2).diff(dim=2)
+    steepness = (steps**3).mean(2) / (steps.abs() ** 3).mean(2).clamp_min(1e-12)
+    return torch.cat([torch.log(torch.cat([*bands, distance], dim=1) + 1e-3), steepness], dim=1)
 
 
 def learn_rendering(train: Dataset, val: Dataset) -> dict:
@@ -141,23 +142,23 @@ def learn_rendering(train: Dataset, val: Dataset) -> dict:
         training images' statistics; limit, the Mahalanobis distance within which 99 % of the validation images lie.
     """
 
-    def describe(images: Dataset) -> torch.Tensor:
-        chosen = np.linspace(0, len(images) - 1, min(RENDERING_SAMPLE, len(images))).astype(int).tolist()
-        return torch.cat([describe_rendering(images[index][0][None], colours) for index in chosen]).double()
+    def sample(images: Dataset) -> Iterator[torch.Tensor]:
+        for index in np.linspace(0, len(images) - 1, min(RENDERING_SAMPLE, len(images))).astype(int).tolist():
+            yield images[index][0][None]
 
-    colours = learn_colours(train)
-    seen = describe(train)
+    colours = torch.cat([count_colours(pixels) for pixels in sample(train)]).mean(0)
+    seen, other = (
+        torch.cat([describe_rendering(pixels, colours) for pixels in sample(images)]).double()
+        for images in (train, val)
+    )
     covariance = torch.cov(seen.T).view(seen.shape[1], -1).nan_to_num()
     variance = covariance.diag() + 1e-4
-    rendering = {
-        "colours": colours,
-        "mean": seen.mean(0),
-        "deviation": variance.sqrt(),
-        "precision": torch.linalg.inv(0.9 * covariance + 0.1 * variance.diag() + 1e-4 * torch.eye(len(variance))),
-    }
-    off = describe(val) - rendering["mean"]
-    distances = torch.einsum("ni,ij,nj->n", off, rendering["precision"], off).sqrt()
-    return {**rendering, "limit": distances.quantile(0.99, interpolation="higher").item()}
+    precision = torch.linalg.inv(0.9 * covariance + 0.1 * variance.diag() + 1e-4 * torch.eye(len(variance)))
+    off = other - seen.mean(0)
+    distances = torch.einsum("ni,ij,nj->n", off, precision, off).sqrt()
+    limit = distances.quantile(0.99, interpolation="higher").item()
+    learnt = {"colours": colours, "mean": seen.mean(0), "deviation": variance.sqrt(), "precision": precision}
+    return {**learnt, "limit": limit}
 
 
 class Rendering(NamedTuple):
@@ -175,14 +176,14 @@ def compare_rendering(pixels: torch.Tensor, rendering: dict) -> Optional[Renderi
         pixels: uint8, shape (images, 3, size, size).
         rendering: as `learn_rendering` returns it; of an older version: the result is None.
     """
-    seen = describe_rendering(pixels, rendering["colours"]).double()
-    if seen.shape[1] != len(rendering["mean"]):
+    if rendering["colours"].shape != (SHADES**3,):
         return None
-    off = seen - rendering["mean"]
+    off = describe_rendering(pixels, rendering["colours"]).double() - rendering["mean"]
     squares = torch.einsum("ni,ij,nj->n", off, rendering["precision"], off)
     mean = off.mean(0)  # far off even where no single image is, as when all are upside down
     shift = (mean @ rendering["precision"] @ mean - squares.mean() / len(off)).clamp(0).sqrt().item()
-    names = [f"{what} in eighth {band} from the top" for what in BAND_STATISTICS for band in range(1, 9)]
-    differences = zip([*names, "distance from the training images' colours"], (mean / rendering["deviation"]).tolist())
+    names = [f"{what} of {colour}, {band} quarter" for what in STATISTICS for colour in CHANNELS for band in BANDS]
+    names += ["distance of the colours", *(f"steepness of rises of {colour}" for colour in CHANNELS)]
+    differences = zip(names, (mean / rendering["deviation"]).tolist())
     largest = dict(sorted(differences, key=lambda pair: -abs(pair[1])))
     return Rendering((squares.sqrt() / rendering["limit"]).numpy(), shift, largest)

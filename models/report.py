@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Optional
 from PIL import Image
 
 from models.checks import format_checks, list_caveats
+from models.figures import COLOURS_MEAN
 from models.metrics import FEW_ROWS, METRICS, REPORT_ORDER, format_rate
 
 if TYPE_CHECKING:
@@ -145,9 +146,10 @@ CAPTIONS = {  # of the pictures, in order, by what their names end with
     ".png": "Confusion matrix: rows are the true classes, columns the verdicts; the diagonal is right.",
     "_curves.png": "Left: DET curve, better towards the lower left. Right: scores by class; overlap means errors.",
     "_conditions.png": "Equal error rate by group, with 95% confidence intervals; the dotted line is the overall rate.",
-    "_mistakes.png": "The most confident mistakes and right verdicts; cyan outlines where the evidence is strongest.",
+    "_mistakes.png": "The most confident mistakes and right verdicts; outlined: where the evidence is strongest. "
+    f"{COLOURS_MEAN}.",
     "_timeline.png": "Score of each part along time, over the spectrogram. Parts above the dashed threshold are "
-    "classified as deepfake; a jump may be a splice.",
+    f"classified as deepfake; a jump may be a splice. {COLOURS_MEAN}.",
 }
 SCORE_NOTE = (
     '<p class="small">Score: 0 to 1, deepfake from 0.5. The two percentages say how many recordings of the '

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 import os
 import re
 import runpy
@@ -31,7 +30,7 @@ import recordings  # noqa: E402
 
 TRAINER, EVALUATOR, MAKER = "train_deepfake_detector.py", "evaluate_deepfake_model.py", "data/make_spectrograms.py"
 QUICK = {"IMAGE_SIZE": 32, "EPOCHS": 1, "BATCH_SIZE": 8, "WORKERS": 0, "PRETRAINED": None, "VAL_FRACTION": 0.25}
-FORMAT = pictures.Format(16000, 0.032, 0.008, [60, 7900], "linear", [-30, 40], 1.792, 224, 64)
+FORMAT = pictures.Format(16000, 0.032, 0.008, (60, 7900), (-30, 40), 112, 32)
 CLEAN = {"CONDITIONS": ("clean",)}
 RATE = 16000
 LAUNDERING = laundering.Laundering((5, 30), (0.2, 0.8), 0)
@@ -173,10 +172,9 @@ def write_wav(path, samples, rate=16000, kind=np.int16):
     wavfile.write(path, rate, (samples / peak * scale + (128 if kind is np.uint8 else 0)).astype(kind))
 
 
-def find_row(frequency, scale="linear"):
+def find_row(frequency):
     """The row, from the top, in which a frequency lies."""
-    bottom, place, top = (2595 * math.log10(1 + hz / 700) if scale == "mel" else hz for hz in (60, frequency, 7900))
-    return 223 * (top - place) / (top - bottom)
+    return 111 * (7900 - frequency) / (7900 - 60)
 
 
 def list_images(folder):
@@ -240,7 +238,7 @@ def write_parts(path, seed, fakes, seconds=1.8):
         part = path.with_name(f"{path.name}__clean_{number}.png")
         make_image(part, seed + number, fake)
         info = PngImagePlugin.PngInfo()
-        notes = {"settings": {"seconds_per_image": seconds}, "parts": len(fakes), "start_s": (number - 1) * seconds}
+        notes = {"settings": {}, "seconds": seconds, "parts": len(fakes), "start_s": (number - 1) * seconds}
         info.add_text("spectrogram", json.dumps(notes))
         with Image.open(part) as image:
             image.load()

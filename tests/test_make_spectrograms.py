@@ -55,10 +55,20 @@ def test_clean_images_do_not_mind_the_settings_of_laundering(tmp_path):
     assert_refused(outcome, "a__noise.png was made with SEED = 0, now it is 1")
 
 
+def test_any_condition_draws_one_for_each_recording(tmp_path):
+    write_voices(tmp_path / "data/audio/original", [f"voice{number}" for number in range(12)])
+    assert run(tmp_path, MAKER, CONDITIONS=("any",)).status == 0
+    words = set()
+    for path in (tmp_path / "data/original/combined").iterdir():
+        with Image.open(path) as image:
+            words.add(json.loads(image.text["spectrogram"])["laundering"].split()[0])
+    assert len(words) >= 3
+
+
 def test_unknown_condition_is_refused(tmp_path):
     write_voices(tmp_path / "data/audio/original", ["a"])
     outcome = run(tmp_path, MAKER, CONDITIONS=("clean", "noise+echo"))
-    assert_refused(outcome, "CONDITIONS = ('clean', 'noise+echo') (allowed: some of clean, noise, reverb")
+    assert_refused(outcome, "CONDITIONS = ('clean', 'noise+echo') (allowed: some of clean, any, noise, reverb")
 
 
 def test_codec_copies_without_soundfile_are_left_out_and_said(tmp_path, monkeypatch):
@@ -144,10 +154,10 @@ def test_all_clashes_of_names_are_named_at_once(tmp_path):
 @pytest.mark.parametrize(
     "constants",
     [
-        {"SAMPLE_RATE": 0, "GREY_LEVELS": 1},
+        {"SAMPLE_RATE": 0, "LEVELS": 1},
         {"FREQUENCY_RANGE_HZ": (60, 9000)},
         {"DB_RANGE": (10, 10), "IMAGE_SIZE": 2},
-        {"WINDOW_S": "long", "FREQUENCY_SCALE": "bark"},
+        {"WINDOW_S": "long"},
     ],
 )
 def test_wrong_settings_are_named(tmp_path, constants):
