@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
+from torchvision.datasets import ImageFolder
 
 from models import runtime
 from models.detector import CLASSES
 from models.pixel_cache import PixelCache
 from models.runtime import Team
-from models.tables import name_recording, parse_table, resolve_image
+from models.tables import find_columns, name_recording, parse_table, resolve_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MIN_SOURCES = 5  # with fewer, holding out whole ones for validation would cost training too much
@@ -47,11 +48,10 @@ class Data(NamedTuple):
 # ---- Images
 
 
-class SpectrogramFolder(Dataset):
-    """The images below the class folders, whatever else lies beside these; their pixels come from a cache.
+class SpectrogramFolder(ImageFolder):
+    """An ImageFolder of the classes in CLASSES, whatever else lies beside them; its pixels come from a cache.
 
     Attributes:
-        samples: path and class index of each image.
         problems: a reason for each folder that cannot be read.
         ignored: number of files that are not images of SUFFIXES, by suffix.
     """
@@ -59,23 +59,26 @@ class SpectrogramFolder(Dataset):
     cache: PixelCache
 
     def __init__(self, root: Path) -> None:
-        self.root, self.samples, self.problems = root, [], []
+        self.problems: list[str] = []
         self.ignored: Counter[str] = Counter()
-        for index, name in enumerate(CLASSES):
-            files, problems = runtime.find_files(find_class_dir(root, name.lower()))
+        super().__init__(str(root), allow_empty=True)
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = [name.lower() for name in CLASSES]
+        return names, {name: index for index, name in enumerate(names)}
+
+    def make_dataset(self, directory: str, class_to_idx: dict[str, int], *_, **__) -> list[tuple[str, int]]:  # noqa: ANN002
+        samples = []
+        for name, index in class_to_idx.items():
+            files, problems = runtime.find_files(find_class_dir(Path(directory), name))
             self.problems += problems
             for path in files:
                 suffix = os.path.splitext(path)[1].lower()
                 if suffix in SUFFIXES:
-                    self.samples.append((path, index))
+                    samples.append((path, index))
                 else:
                     self.ignored[suffix] += 1
-
-    def count_images(self, label: int) -> int:
-        return sum(index == label for _, index in self.samples)
-
-    def __len__(self) -> int:
-        return len(self.samples)
+        return samples
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.samples[index]
@@ -102,12 +105,12 @@ def find_images(data_dir: Path) -> SpectrogramFolder:
     Raises:
         ValueError: a class folder is missing, or holds fewer than two images.
     """
-    folder, names = SpectrogramFolder(data_dir), [name.lower() for name in CLASSES]
-    for index, name in enumerate(names):
-        if (count := folder.count_images(index)) < 2:
+    folder = SpectrogramFolder(data_dir)
+    for index, name in enumerate(folder.classes):
+        if (count := folder.targets.count(index)) < 2:
             raise ValueError(f"{count} images below {data_dir / name}: two are needed ({' '.join(SUFFIXES)})")
     others = sorted(entry.name for entry in data_dir.iterdir() if entry.is_dir())
-    others = [name for name in others if name.lower() not in names and not name.startswith((".", "__"))]
+    others = [name for name in others if name.lower() not in folder.classes and not name.startswith((".", "__"))]
     if others:
         print(f"Folders below {data_dir} that are not a class and are ignored: {', '.join(others)}")
     if folder.ignored:
@@ -144,7 +147,7 @@ def list_holdout(csv_paths: list[Path], data_dir: Path, encoding: str) -> list[s
                 "to train on every image"
             )
         (header, *rows), _ = parse_table(path.read_bytes(), path, encoding)
-        column = header.index("img_path")
+        column = find_columns(header)["img_path"]
         cells = (row[column] for row in rows if len(row) > column)
         listed += [resolve_image(data_dir, cell) for cell in cells if cell.strip()]
     return listed
@@ -174,7 +177,7 @@ def leave_out_holdout(folder: SpectrogramFolder, listed: list[str], pattern: str
     if unseen := sum(path not in entries for path in held):
         print(f"Warning: {unseen:,} listed images are missing or unreadable: copies of them cannot be recognised")
     empty = [i for i in range(len(CLASSES)) if not counts[i]]
-    empty = [f"{folder.count_images(index):,} images of class {CLASSES[index]}" for index in empty]
+    empty = [f"{folder.targets.count(index):,} images of class {CLASSES[index]}" for index in empty]
     if empty:
         raise ValueError(f"all {' and all '.join(empty)} are held out (see HOLDOUT_CSVS and RECORDING_PATTERN)")
     return kept
@@ -256,7 +259,8 @@ def split_by_recording(groups: np.ndarray, labels: np.ndarray, val_fraction: flo
 def weigh_images(sources: list[str], labels: np.ndarray) -> np.ndarray:
     """Weigh images for drawing: classes count the same within each source, sources by the square root of their size.
 
-    So a network learns less of what tells the sources apart. Images without a source count as one more.
+    So a network learns less of what tells the sources apart. Images without a source count as one more. At last each
+    class is scaled to half of all draws.
 
     Returns:
         float64, shape (images,), sum 1.
@@ -264,8 +268,8 @@ def weigh_images(sources: list[str], labels: np.ndarray) -> np.ndarray:
     pairs = list(zip(sources, labels.tolist()))
     sizes, counts = Counter(sources), Counter(pairs)
     classes = Counter(source for source, _ in counts)
-    weights = [sizes[source] ** 0.5 / classes[source] / counts[source, label] for source, label in pairs]
-    return np.array(weights) / sum(weights)
+    weights = np.array([sizes[source] ** 0.5 / classes[source] / counts[source, label] for source, label in pairs])
+    return weights / np.bincount(labels, weights)[labels] / len(CLASSES)
 
 
 def report_names(paths: list[str], recordings: list[str], fingerprints: list[int], labels: np.ndarray) -> None:

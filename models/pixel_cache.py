@@ -74,7 +74,8 @@ class PixelCache:
             status = os.stat(path)
         except OSError:
             return None
-        return take_fingerprint(os.fsencode(f"{CACHE_FORMAT} {status.st_size} {status.st_mtime_ns} {path}"))
+        state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)  # archives set times alike
+        return take_fingerprint(os.fsencode(f"{CACHE_FORMAT} {state} {path}"))
 
     def make_room(self, images: int) -> int:
         """Return how many more images fit; where not all do, and old ones take the room, delete all that is kept."""

@@ -25,6 +25,9 @@ from typing import TYPE_CHECKING, Callable, NamedTuple, NoReturn, Optional
 if TYPE_CHECKING:
     import torch
 
+MACHINE_FOLDERS = (  # of network drives, recycle bins and archives, in lower case
+    *("@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found", "__macosx"),
+)
 LEFTOVER_AGE_S = 24 * 3600  # temporary files older than this belong to runs that were killed
 
 
@@ -190,7 +193,9 @@ def list_versions() -> dict[str, str]:
 
 
 def find_files(root: Path) -> tuple[list[str], list[str]]:
-    """Find the files at any depth below a folder, past hidden ones; a folder that links lead to is entered once.
+    """Find the files at any depth below a folder; one that links lead to is entered once.
+
+    What is hidden is passed over, and so are MACHINE_FOLDERS, which hold thumbnails and deleted files.
 
     Returns:
         Their paths, folder by folder in order; a reason for each folder that cannot be read.
@@ -203,7 +208,7 @@ def find_files(root: Path) -> tuple[list[str], list[str]]:
         return len(entered) > known
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=lambda error: problems.append(str(error))):
-        visible = sorted(name for name in folders if not name.startswith("."))
+        visible = sorted(name for name in folders if not name.startswith(".") and name.lower() not in MACHINE_FOLDERS)
         folders[:] = [name for name in visible if is_new(os.path.join(folder, name))]
         files += [os.path.join(folder, name) for name in sorted(names) if not name.startswith(".")]
     return files, problems

@@ -84,6 +84,12 @@ def test_holdout_paths_are_understood_in_every_spelling(project, cell, capsys):
     )
 
 
+def test_blanks_around_the_name_of_the_column_do_not_matter(project, capsys):
+    (project / "more.csv").write_text("actual_output, img_path\nDeepfake,deepfake/combined/d5__clean_1.png\n")
+    train_indices(project, ["more.csv"])
+    assert "Held out: 1 of 1 listed images" in capsys.readouterr().out
+
+
 def test_missing_holdout_list_is_an_error_that_names_the_way_out(project):
     outcome = run(project, TRAINER, **{**QUICK, "HOLDOUT_CSVS": ["test_data/tset.csv"]})
     assert_refused(outcome, "test_data/tset.csv", "HOLDOUT_CSVS = []")
@@ -129,6 +135,8 @@ def test_other_folders_hidden_files_and_non_images_are_passed_over(project, caps
     make_image(project / "data/deepfake/.hidden/x.png", 2, fake=True)
     (project / "data/deepfake/combined/._d1.png").write_bytes(b"x")
     (project / "data/deepfake/combined/notes.txt").write_text("x")
+    for name in ("@eaDir/d1.png", "combined/#recycle", "$RECYCLE.BIN/S-1-5", "lost+found", "__MACOSX/data"):
+        make_image(project / "data/deepfake" / name / "SYNOPHOTO_THUMB_XL.png", 4, fake=True)
     make_image(project / "data/deepfake/deep/er/y.png", 3, fake=True)
     images = dataset.find_images(project / "data")
     output = capsys.readouterr().out
