@@ -16,13 +16,10 @@ The demo data takes about 5 minutes on two cores with bfloat16 instructions, twi
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import io
 import math
 import os
 import re
-import socket
 import sys
 import time
 from collections import defaultdict
@@ -35,17 +32,17 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from torchvision.models import ResNet18_Weights, WeightsEnum
 from tqdm import tqdm
 
-from models import dataset, detector, figures, runtime
-from models.checks import check_shortcuts
+from models import dataset, detector, figures, gradients, runtime
+from models.checks import check_shortcuts, check_start
 from models.dataset import Chosen, Data
 from models.detector import CLASSES
-from models.images import IMAGENET_MEAN, IMAGENET_STD, learn_rendering, take_fingerprint, to_brightness, to_input
+from models.images import IMAGENET_MEAN, IMAGENET_STD, learn_rendering, take_fingerprint, to_input
 from models.pixel_cache import PixelCache
 from models.runtime import Compute, Team, write_file
-from models.tables import format_csv
+from models.start import Start, choose_start, join_seen, start_model
+from models.tables import format_csv, name_recording
 
 # ------------------------------------------------------------------------------------------------
 # Settings. Relative paths start at this script's folder.
@@ -67,8 +64,8 @@ PRETRAINED = "IMAGENET1K_V1"  # torchvision's ImageNet weights, the path of a .p
 EPOCHS = 40
 EPOCH_IMAGES = 5_000  # images drawn for an epoch, at most; fewer where there are fewer
 TIME_CROP = 0.5  # fraction of an image's width, at a random position, that a training step uses; 0.01 to 1
-BATCH_SIZE = 32  # images
-LEARNING_RATE = None  # peak of the schedule; None: 1e-3 from random weights, 3e-4 from pretrained ones
+BATCH_SIZE = 64  # images
+LEARNING_RATE = None  # peak of the schedule; None: 1e-3 from random weights, 3e-4 from ImageNet's, 1e-4 from a detector
 WEIGHT_DECAY = 0.05  # of AdamW
 LABEL_SMOOTHING = 0.05  # 0 to below 1
 PATIENCE = 20  # epochs without a lower validation loss after which training stops
@@ -107,8 +104,6 @@ NOT_SHAPING = (  # settings that do not shape the result: they may change before
     *("DATA_DIR", "HOLDOUT_CSVS", "CSV_ENCODING", "BEST_MODEL_PATH", "FINAL_MODEL_PATH", "CACHE_DIR"),
     *("MAX_UNREADABLE", "WORKERS", "CACHE_GB", "RESUME"),
 )
-DOWNLOAD_TIMEOUT_S = 30  # without a single byte; torch.hub itself would wait for ever
-BRIGHTNESS_PER_DB = 1 / 70  # for augmentation: the maker's scale, from -30 to +40 dB
 SHORTEST_CROP = 48  # pixels; at 32 and less oneDNN (torch 2.14, 2.15) gave wrong bfloat16 gradients for layer4.0.conv1
 METRICS = ("train_loss", "val_loss", "val_balanced_accuracy", "val_auc")
 
@@ -165,138 +160,25 @@ def build_loaders(data: Data, compute: Compute, settings: dict, team: Team) -> t
     return DataLoader(data.train, batch_sampler=batches, **common), DataLoader(val_part, val_batch, **common)
 
 
-# ---- Augmentation: images are changed as other rooms, channels and moments would change the spectrogram.
-# The changes are made to the brightness, which stands for decibels. Nothing is flipped or rotated: the axes have a
-# meaning. `rng` is a torch.Generator on the device of the images; brightness is float32, shape (batch, rows, columns).
+# ---- Augmentation. Nothing is flipped or rotated: the axes have a meaning.
 
 
-def augment(images: torch.Tensor, colours: torch.Tensor, crop: float, rng: torch.Generator) -> torch.Tensor:
-    """Augment a batch: crop in time, noise floor, equaliser, masks.
+def crop_in_time(images: torch.Tensor, crop: float, rng: torch.Generator) -> torch.Tensor:
+    """Crop each image to a part that begins anywhere in time and wraps around at the end.
 
     Args:
-        images: float32, shape (batch, 3, height, width), RGB in 0 to 1.
-        colours: as `learn_colours` returns them, on the same device.
+        images: shape (batch, 3, height, width).
+        crop: TIME_CROP.
+        rng: on the device of the images.
 
     Returns:
         The same shape, but for a width of crop * width (at least SHORTEST_CROP where the image has as much).
     """
-    images = crop_in_time(images, crop, rng)
-    before = to_brightness(images)
-    after = mask_bands(equalise(add_noise_floor(before, rng), rng), rng)
-    return images.add_(paint(after, colours).sub_(paint(before, colours))).clamp_(0, 1)
-
-
-def crop_in_time(images: torch.Tensor, crop: float, rng: torch.Generator) -> torch.Tensor:
-    """Crop each image to a part that begins anywhere in time and wraps around at the end."""
     batch, _, height, full_width = images.shape
     width = max(min(full_width, SHORTEST_CROP), round(crop * full_width))
     starts = (torch.rand(batch, 1, generator=rng, device=rng.device) * full_width).long()
     columns = (torch.arange(width, device=rng.device) + starts) % full_width
     return torch.gather(images, 3, columns[:, None, None].expand(-1, 3, height, -1))
-
-
-def add_noise_floor(brightness: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Add a noise floor of random level and colour to a quarter of the images, the first ones (their order is random).
-
-    Each row keeps its mean, as when the channel is removed. The power of Gaussian noise is exponentially distributed.
-    """
-    batch = len(brightness)
-    quiet = brightness[: batch // 4]
-    noise = torch.empty_like(quiet).exponential_(generator=rng).clamp_min_(1e-6)
-    level = (
-        0.5 * torch.rand(batch, 1, 1, generator=rng, device=rng.device) - 0.05 + 0.06 * draw_curve(brightness, 4, rng)
-    )
-    noise *= 10 ** (level / BRIGHTNESS_PER_DB / 10)[: batch // 4]
-    noisy = 10 * BRIGHTNESS_PER_DB * torch.log10(10 ** (quiet / BRIGHTNESS_PER_DB / 10) + noise)
-    noisy += quiet.mean(2, keepdim=True) - noisy.mean(2, keepdim=True)
-    return torch.cat([noisy, brightness[batch // 4 :]])
-
-
-def equalise(brightness: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Apply a random equaliser and tilt to half of the images, and a random gain to all."""
-    equalised = brightness + 0.06 * draw_curve(brightness, 6, rng) + 0.05 * draw_curve(brightness, 2, rng)
-    is_chosen = torch.rand(len(brightness), 1, 1, generator=rng, device=rng.device) < 0.5
-    return torch.where(is_chosen, equalised, brightness) + 0.05 * draw_curve(brightness, 1, rng)
-
-
-def mask_bands(brightness: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Mask two bands in time and two in frequency with the image's mean: SpecAugment, Park et al., 2019."""
-    rand = partial(torch.rand, len(brightness), 1, generator=rng, device=rng.device)
-    mean = brightness.mean((1, 2), keepdim=True)
-    for axis in (1, 2, 1, 2):
-        length = brightness.shape[axis]
-        size = 0.15 * length * rand()
-        start = rand() * (length - size)
-        position = torch.arange(length, device=rng.device)
-        is_masked = (position >= start) & (position < start + size) & (rand() < 0.7)
-        brightness = torch.where(is_masked.unsqueeze(3 - axis), mean, brightness)
-    return brightness
-
-
-def draw_curve(brightness: torch.Tensor, knots: int, rng: torch.Generator) -> torch.Tensor:
-    """Draw a smooth random curve over the rows of each image: shape (batch, rows, 1), deviation about 1."""
-    batch, rows, _ = brightness.shape
-    values = torch.randn(batch, 1, knots, generator=rng, device=rng.device)
-    return nn.functional.interpolate(values, rows, mode="linear", align_corners=True)[:, 0, :, None]
-
-
-def paint(brightness: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-    """Paint brightness with a colour map, shape (256, 3): float32 RGB, shape (batch, 3, rows, columns)."""
-    levels = brightness.clamp(0, 1).mul_(255).round_().int()
-    return nn.functional.embedding(levels, colours).permute(0, 3, 1, 2)
-
-
-# ---- Initial weights
-
-
-def get_initial_weights(pretrained: Optional[str], here: Path) -> tuple[Optional[dict], str]:
-    """Get the weights to start from, and the words that describe them in the checkpoint.
-
-    Where they cannot be downloaded, training starts from random ones.
-    """
-    if pretrained is None:
-        return None, "random (PRETRAINED = None)"
-    if pretrained not in ResNet18_Weights.__members__:
-        path = here / pretrained
-        if not path.is_file():
-            names = ", ".join(weights.name for weights in ResNet18_Weights)
-            raise ValueError(f"PRETRAINED: no file {path} (allowed: {names}, the path of a .pth, or None)")
-        return detector.find_weights(detector.load_content(path), path), f"file {path.name}"
-    try:
-        return fetch_weights(ResNet18_Weights[pretrained], DOWNLOAD_TIMEOUT_S), pretrained
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"WARNING: NO PRETRAINED WEIGHTS. {pretrained} could not be downloaded ({reason}).")
-        print("WARNING: Training starts from RANDOM weights: expect a higher error than with ImageNet weights.")
-        return None, f"random ({pretrained} could not be downloaded: {reason})"
-
-
-def fetch_weights(weights: WeightsEnum, timeout_s: float) -> dict[str, torch.Tensor]:
-    """Load torchvision's weights from its cache, or download them; their hash is checked in either case."""
-    cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
-    digest = cached.stem.rpartition("-")[2]  # torch.hub checks it only while downloading
-    if cached.is_file() and not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(digest):
-        print(f"Warning: {cached} is damaged; downloading it again")
-        cached.unlink()
-    socket.setdefaulttimeout(timeout_s)
-    try:
-        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
-    finally:
-        socket.setdefaulttimeout(None)
-
-
-def start_model(initial: Optional[dict]) -> nn.Module:
-    """Make a network with the initial weights, but for its two-class head."""
-    model = detector.make_network()
-    if initial is not None:
-        body = {name: tensor for name, tensor in initial.items() if not name.startswith("fc.")}
-        try:
-            missing, unexpected = model.load_state_dict(body, strict=False)
-        except RuntimeError as error:
-            missing, unexpected = [str(error).splitlines()[-1].strip()], []
-        if unexpected or set(missing) - {"fc.weight", "fc.bias"}:
-            raise ValueError(f"PRETRAINED: not a ResNet-18 ({(unexpected or missing)[0]})")
-    return model
 
 
 # ---- A run, and what it saves when
@@ -311,11 +193,15 @@ class Run:
         parts: in so many parts a batch is computed; 1 until the memory ran out.
     """
 
-    def __init__(self, model: nn.Module, steps: int, compute: Compute, outputs: Outputs, facts: dict) -> None:
+    def __init__(
+        self, model: nn.Module, steps: int, compute: Compute, outputs: Outputs, facts: dict, start: Start
+    ) -> None:
         """Set up optimizer and schedule of so many steps; facts: what checkpoints hold beside weights and `last`."""
         settings = facts["settings"]
-        self.compute, self.outputs, self.facts = compute, outputs, facts
+        self.compute, self.outputs, self.facts, self.start = compute, outputs, facts, start
         self.model = model.to(compute.device, memory_format=torch.channels_last)
+        if compute.device.type == "cpu":
+            gradients.speed_up_gradients(self.model)
         rate, decay = settings["LEARNING_RATE"], settings["WEIGHT_DECAY"]
         self.optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(scale_rate, steps=steps))
@@ -339,7 +225,7 @@ class Run:
         write_file(self.outputs.history, format_csv(rows, newline="\r\n"))
         learning = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule", "scaler")}
         about = {"history": self.history, "last": self.last, "conditions": conditions}
-        about |= {"start": self.facts["initial_weights"], "precision": str(self.compute.dtype)}
+        about |= {"start": self.start._replace(weights=None)._asdict(), "precision": str(self.compute.dtype)}
         save(self.outputs.state, {**learning, **about})
 
     def save_checkpoint(self, path: Path) -> None:
@@ -438,21 +324,25 @@ def scale_rate(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2 if step < steps else 0.0
 
 
-def train_one_epoch(
-    run: Run, network: nn.Module, loader: DataLoader, loss_fn: Callable, augmentation: Callable
-) -> float:
-    """Take one optimizer step per batch of augmented images. Returns the mean loss.
+def train_one_epoch(run: Run, network: nn.Module, loader: DataLoader, loss_fn: Callable, rng: torch.Generator) -> float:
+    """Take one optimizer step per batch of cropped images.
 
     Args:
         network: run.model, wrapped where several processes share the work.
         loss_fn: the loss of logits (images, classes) and labels (images,), summed over images.
+
+    Returns:
+        The mean loss.
+
+    Raises:
+        ValueError: a loss is not finite.
     """
     network.train()
-    device, batches, losses = run.compute.device, loader.batch_sampler, []
+    device, batches, crop, losses = run.compute.device, loader.batch_sampler, run.facts["settings"]["TIME_CROP"], []
     weight = batches.batch_size / batches.team.size  # of the images of a rank's part: gradients are averaged over ranks
     for images, labels in tqdm(loader, "Training", leave=False, unit=" batches", disable=None):
-        images = images.to(device, non_blocking=True).float().div_(255)
-        inputs = to_input(augmentation(images))
+        images = crop_in_time(images.to(device, non_blocking=True), crop, rng)
+        inputs = to_input(images.float(), IMAGENET_MEAN, IMAGENET_STD, white=255)
         labels = labels.to(device, non_blocking=True)
         losses.append(add_gradients(run, network, inputs, lambda *part: loss_fn(*part) / weight, labels))
         if len(losses) % 50 == 0 or len(losses) == len(loader):  # seldom: the GPU has to be waited for
@@ -568,8 +458,6 @@ def fit(run: Run, loaders: tuple[DataLoader, DataLoader], recordings: list[str],
     train_loader, val_loader = loaders
     loss_fn = partial(nn.functional.cross_entropy, label_smoothing=settings["LABEL_SMOOTHING"], reduction="sum")
     rng = torch.Generator(device)
-    colours = run.facts["appearance"]["colours"].to(device)
-    augmentation = partial(augment, colours=colours, crop=settings["TIME_CROP"], rng=rng)
     network = team.wrap_model(run.model, device)
     while len(run.history) < settings["EPOCHS"]:
         if run.history and len(run.history) - run.best["epoch"] >= settings["PATIENCE"]:
@@ -579,7 +467,7 @@ def fit(run: Run, loaders: tuple[DataLoader, DataLoader], recordings: list[str],
         train_loader.batch_sampler.generator.manual_seed(settings["SEED"] * 1_000_003 + epoch)
         rng.manual_seed((settings["SEED"] * 1_000_003 + epoch) * team.size + team.rank)
         row = {"epoch": epoch, "learning_rate": run.schedule.get_last_lr()[0]}
-        losses = team.gather(train_one_epoch(run, network, train_loader, loss_fn, augmentation))
+        losses = team.gather(train_one_epoch(run, network, train_loader, loss_fn, rng))
         row["train_loss"] = float(np.mean(losses))
         team.copy_buffers(run.model)
         logits, labels = predict_logits(run, val_loader, settings["BATCH_SIZE"], team)
@@ -596,18 +484,22 @@ def fit(run: Run, loaders: tuple[DataLoader, DataLoader], recordings: list[str],
 # ---- Main
 
 
-def collect_facts(chosen: Chosen, data: Data, shortcuts: Optional[dict], start: str, settings: dict) -> dict:
-    """Collect what every checkpoint holds beside weights, epoch and metrics: all that scoring an image needs."""
+def collect_facts(chosen: Chosen, data: Data, shortcuts: Optional[dict], start: Start, settings: dict) -> dict:
+    """Collect what every checkpoint holds beside weights, epoch and metrics: all that scoring an image needs.
+
+    What the start has seen counts as seen.
+    """
+    recordings = [take_fingerprint(name.encode()) for name in set(chosen.recordings)]
     return {
         "format": detector.CHECKPOINT_FORMAT,
         "classes": list(CLASSES),
         "image_size": settings["IMAGE_SIZE"],
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
-        "seen_images": torch.tensor(chosen.fingerprints),
-        "seen_recordings": torch.tensor(sorted(take_fingerprint(name.encode()) for name in set(chosen.recordings))),
+        "seen_images": join_seen(chosen.fingerprints, start.facts.get("seen_images")),
+        "seen_recordings": join_seen(recordings, start.facts.get("seen_recordings")),
         "recording_pattern": settings["RECORDING_PATTERN"],
-        "initial_weights": start,
+        "initial_weights": start.words,
         "shortcuts": shortcuts,
         "unreadable_images": chosen.unreadable,
         "appearance": learn_rendering(data.train, data.val),
@@ -635,35 +527,35 @@ def main() -> int:
     folder = dataset.find_images(data_dir)
     folder.cache = PixelCache(here / CACHE_DIR, IMAGE_SIZE, CACHE_GB * 1e9)
     state = team.share(load_state(outputs.state) if RESUME and team.rank == 0 else None)
-    initial, start = None, state["start"] if state else ""
-    if not state:
-        initial, start = team.share(get_initial_weights(PRETRAINED, here) if team.rank == 0 else None)
+    start = Start(**state["start"]) if state else team.share(choose_start(PRETRAINED, here) if team.rank == 0 else None)
     torch.manual_seed(SEED)
-    model = start_model(initial)
+    model = start_model(start)
 
     chosen = dataset.choose_images(folder, listed, settings, team)
     shortcuts = check_shortcuts(chosen.looks, chosen.labels, chosen.groups)
     data = dataset.split_images(folder, chosen, settings)
+    if start.facts and team.rank == 0:
+        held = [folder.cache.entries[path].fingerprint for path in listed if path in folder.cache.entries]
+        recordings = {name_recording(path, folder.root, RECORDING_PATTERN) for path in listed}
+        check_start(start.facts, held, recordings, chosen.paths)
     conditions = describe_conditions(chosen, data, settings)
     if state:
         compare_conditions(state["conditions"], conditions)
     loaders = build_loaders(data, compute, settings, team)
-    from_random = start.startswith("random")
-    settings["LEARNING_RATE"] = LEARNING_RATE or (1e-3 if from_random else 3e-4)
-    print(f"Start: {start}; learning rate {settings['LEARNING_RATE']:g}, at most {EPOCHS} epochs")
+    settings["LEARNING_RATE"] = LEARNING_RATE or start.learning_rate
+    print(f"Start: {start.words}; learning rate {settings['LEARNING_RATE']:g}, at most {EPOCHS} epochs")
     facts = collect_facts(chosen, data, shortcuts, start, settings)
-    run = Run(model, len(loaders[0]) * EPOCHS, compute, outputs, facts)
+    run = Run(model, len(loaders[0]) * EPOCHS, compute, outputs, facts, start)
     if state:
         run.restore(state)
     fit(run, loaders, data.val_recordings, conditions, team)
     if team.rank == 0:
         run.finish()
     team.leave()
-    if from_random and PRETRAINED is not None:
-        print(f"WARNING: this model started from random weights: {start}")
+    if start.words.startswith("random") and PRETRAINED is not None:
+        print(f"WARNING: this model started from random weights: {start.words}")
     print(f"Best epoch {run.best['epoch']}: validation loss {run.best['val_loss']:.4f}, AUC {run.best['val_auc']:.4f}")
-    print(f"Best checkpoint   {BEST_MODEL_PATH}")
-    print(f"Final checkpoint  {FINAL_MODEL_PATH}")
+    print(f"Best checkpoint   {BEST_MODEL_PATH}\nFinal checkpoint  {FINAL_MODEL_PATH}")
     print("Beside it         history.csv, learning_curves.png")
     return 1 if chosen.unreadable or folder.problems else 0
 

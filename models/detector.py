@@ -114,7 +114,8 @@ def build_model(state: dict, path: Path) -> ResNet:
 def load_detector(path: Path) -> Detector:
     """Rebuild a detector from a checkpoint, or from a bare state_dict, without running any code in it."""
     if not path.is_file():
-        raise ValueError(f"MODEL_PATH: file not found: {path} (train_deepfake_py makes it)")
+        shipped = 'MODEL_PATH = Path("models/speech_resnet18.pth")'
+        raise ValueError(f"MODEL_PATH: file not found: {path} (train first, or judge with the shipped one: {shipped})")
     try:
         facts = load_content(path)
         if "format" not in facts:

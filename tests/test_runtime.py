@@ -35,7 +35,7 @@ PLAIN = """
 import sys, torch
 import train_deepfake_detector as trainer
 from models import runtime
-trainer.augment = lambda images, **_: images
+trainer.crop_in_time = lambda images, *_: images
 begin = trainer.Run.__init__
 def begin_plainly(run, model, *rest):
     begin(run, model, *rest)

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, TRAINER, assert_refused, read_checkpoint, read_csv, run
-from matplotlib import colormaps
 from PIL import Image
 
 import train_deepfake_detector as trainer
 from models import detector
-from models.images import IMAGENET_MEAN, IMAGENET_STD, learn_colours
+from models.images import IMAGENET_MEAN, IMAGENET_STD
 from models.runtime import Team
 
 
@@ -109,31 +108,15 @@ def test_patience_ends_training(project):
     assert float(rows[-1]["val_loss"]) >= float(rows[-2]["val_loss"])
 
 
-def test_augmentation_keeps_shape_range_and_axes():
-    draw = torch.Generator().manual_seed(0)
-    grey = torch.linspace(0, 1, 256)[:, None].repeat(1, 3)
-    images = torch.zeros(64, 3, 48, 64)
-    images[:, :, 10] = 1  # a line at one frequency stays at that frequency
-    changed = trainer.augment(images, grey, 1.0, draw)
-    assert changed.shape == images.shape
-    assert changed.min() >= 0 and changed.max() <= 1
-    rows = changed.mean((0, 1, 3))
-    assert rows.argmax() == 10
-    assert not torch.equal(changed[0], changed[1])
-    assert trainer.augment(images, grey, 0.875, draw).shape == (64, 3, 48, 56)
-    assert trainer.augment(images, grey, 0.1, draw).shape == (64, 3, 48, 48)  # see SHORTEST_CROP
-
-
-def test_augmentation_stays_on_the_colour_map():
-
-    magma = torch.tensor(colormaps["magma"](np.linspace(0, 1, 256))[:, :3], dtype=torch.float32)
-    levels = torch.randint(0, 256, (8, 48, 48), generator=torch.Generator().manual_seed(0))
-    images = magma[levels].permute(0, 3, 1, 2)
-    learnt = learn_colours([((image * 255).round().byte(), 0) for image in images])
-    changed = trainer.augment(images, learnt, 1.0, torch.Generator().manual_seed(1)).permute(0, 2, 3, 1).reshape(-1, 3)
-    distance = torch.cdist(changed[::50], magma).min(1).values
-    assert distance.median() < 0.02
-    assert (distance < 0.1).float().mean() > 0.95
+def test_crops_begin_anywhere_and_keep_the_axes():
+    images = torch.arange(64).repeat(32, 3, 48, 1)  # each column shows its own number
+    cropped = trainer.crop_in_time(images, 0.875, torch.Generator().manual_seed(0))
+    assert cropped.shape == (32, 3, 48, 56)
+    starts = cropped[:, 0, 0, 0]
+    assert len(starts.unique()) > 15
+    assert torch.equal(cropped[:, 0, 0], (starts[:, None] + torch.arange(56)) % 64)
+    assert torch.equal(cropped, cropped[:, :1, :1].expand_as(cropped))
+    assert trainer.crop_in_time(images, 0.1, torch.Generator()).shape == (32, 3, 48, 48)  # see SHORTEST_CROP
 
 
 def test_checkpoint_holds_the_scores_of_validation(trained):
