@@ -174,10 +174,14 @@ def join_team() -> Team:
     return team
 
 
+def count_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def choose_workers(setting: Optional[int], sharing: int = 1) -> int:
     """Choose the number of processes that decode images: WORKERS, or this process's part of the cores, up to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(1, cores // sharing), 8) if setting is None else setting
+    return min(max(1, count_cores() // sharing), 8) if setting is None else setting
 
 
 def list_versions() -> dict[str, str]:
