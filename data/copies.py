@@ -34,7 +34,7 @@ class Recording(NamedTuple):
 
     @property
     def checksum(self) -> int:
-        return checksum_file(self.path)
+        return checksum_file(self.path, os.stat(self.path).st_mtime_ns)
 
 
 class Picture(NamedTuple):
@@ -43,6 +43,7 @@ class Picture(NamedTuple):
     recording: Recording
     condition: str
     stem: Path  # of the image's path; its parts get _1, _2, ... behind it
+    is_fake: bool  # made of a genuine recording
 
     def name_channel(self, channel: int) -> Path:
         """Name the images of one channel of a recording whose channels are different voices; 0: of all channels."""
@@ -59,8 +60,8 @@ class Image(NamedTuple):
 
 
 @cache
-def checksum_file(path: str) -> int:
-    """Compute the CRC-32 of a file's content."""
+def checksum_file(path: str, changed_ns: int) -> int:
+    """Compute the CRC-32 of a file's content, once for each time at which it was changed."""
     checksum = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
@@ -134,7 +135,7 @@ def plan_pictures(recordings: list[Recording], conditions: dict[str, list[str]],
             if recording.source in sources and kind != "unknown":
                 folder /= recording.source
             name = f"{recording.name}__{condition}" + (f"-{recording.rest}" if recording.rest else "")
-            pictures.append(Picture(recording, condition, folder / name))
+            pictures.append(Picture(recording, condition, folder / name, kind != recording.kind))
     by_stem = defaultdict(list)
     for picture in pictures:
         by_stem[str(picture.stem).lower()].append(picture.recording.path)  # some file systems ignore case
@@ -156,7 +157,7 @@ class Existing(NamedTuple):
 
     images: dict[Path, list[Image]]  # by the stem of their picture
     finished: set[Path]  # stems of which all images are there
-    strays: list[tuple[Path, str]]  # images that are not in the plan, and the recording that they were made of
+    strays: list[tuple[Path, dict]]  # images that are not in the plan, and their notes
 
 
 def find_existing(data_dir: Path, pictures: list[Picture], list_settings: Callable[[str], dict]) -> Existing:
@@ -189,7 +190,7 @@ def find_existing(data_dir: Path, pictures: list[Picture], list_settings: Callab
                 existing.images[stem].append(Image(path, notes.get("channel", 0), notes.get("start_s", 0.0)))
                 parts[stem].append((notes["parts"], notes.get("channels", 1), notes.get("channel", 0)))
             elif "recording" in notes:
-                existing.strays.append((path, notes["recording"]))
+                existing.strays.append((path, notes))
     for stem, marks in parts.items():
         count = Counter(marks)
         if all(number == mark[0] for mark, number in count.items()) and len(count) == marks[0][1]:
@@ -216,43 +217,43 @@ def check_notes(path: Path, notes: Optional[dict], picture: Optional[Picture], s
 
 
 def set_aside(
-    strays: list[tuple[Path, str]], recordings: list[Recording], unread: set[str], root: str, data_dir: Path
+    strays: list[tuple[Path, dict]], recordings: list[Recording], unread: set[str], data_dir: Path, root: str
 ) -> list[str]:
     """Move images that no recording below AUDIO_DIR accounts for any more to data/set_aside/, in the folders they had.
 
     Images stay where a class has no recording left at all: people delete audio once they have images.
 
     Args:
-        strays: images, and the recording that each was made of, its path written from the folder data/.
-        unread: kinds of recordings of which a folder could not be read.
-        root: AUDIO_DIR, from the folder data/, with a slash at its end.
+        strays: as in Existing; unread: kinds of recordings of which a folder could not be read.
+        root: AUDIO_DIR as images note it.
 
     Returns:
         Lines that say what was moved and why, and what stays.
     """
     places, kinds = {recording.place for recording in recordings}, {recording.kind for recording in recordings} - unread
-    below = {place.partition("/")[2] for place in places if not place.startswith("unknown/")}
     moved, kept = defaultdict(list), Counter()
-    for path, noted in strays:
-        if not noted.startswith(root):
+    for path, notes in strays:
+        below = path.relative_to(data_dir)
+        kind = notes.get("recording_class", below.parts[0])
+        other = {"original": "deepfake", "deepfake": "original"}.get(kind)
+        if notes.get("audio") != root:
             continue
-        kind, _, rest = noted[len(root) :].partition("/")
-        if f"{kind}/{rest}" in places:
-            moved["CONDITIONS or FAKES no longer ask for, or whose folder is another now"].append(path)
-        elif kind != "unknown" and rest in below:
-            moved["whose recording was moved to the other class"].append(path)
+        if f"{kind}/{notes['recording']}" in places:
+            moved["CONDITIONS or FAKES no longer ask for, or whose folder is another now"].append(below)
+        elif f"{other}/{notes['recording']}" in places:
+            moved["whose recording was moved to the other class"].append(below)
         elif kind in kinds:
-            moved["whose recording is gone"].append(path)
+            moved["whose recording is gone"].append(below)
         else:
             kept[kind] += 1
     lines = [
         f"{kind}: {count:,} images stay although their recordings are gone: "
-        + ("a folder could not be read" if kind in unread else f"no recording at all is left in {root}{kind}/")
+        + ("a folder could not be read" if kind in unread else f"no recording at all is left in {root}/{kind}/")
         for kind, count in sorted(kept.items())
     ]
     for reason, paths in moved.items():
         for path in paths:
-            move_file(path, data_dir / SET_ASIDE / path.relative_to(data_dir))
+            move_file(data_dir / path, data_dir / SET_ASIDE / path)
         names = ", ".join(path.name for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
         lines.append(f"Set aside in data/{SET_ASIDE}/: {len(paths):,} images {reason}: {names}")
     return lines

@@ -215,13 +215,13 @@ def main() -> int:
     pictures = plan_pictures(recordings, conditions, data_dir)
     possible = [picture for picture in pictures if picture.condition not in lacking]
     babble = [r.path for r in find_recordings(data_dir / BABBLE_DIR, "babble")[0]] if BABBLE_DIR else []
-    root = Path(os.path.relpath(audio_dir, data_dir)).as_posix() + "/"
+    root = Path(os.path.relpath(audio_dir, data_dir)).as_posix()
     recipe = Recipe(form, laundering, babble, root)
     existing = find_existing(data_dir, pictures, recipe.list_settings)
     if not share.rank:
         share.forget_dead()
         unread = {kind for kind, found in found_problems.items() if found}
-        lines = set_aside(existing.strays, recordings, unread, root, data_dir)
+        lines = set_aside(existing.strays, recordings, unread, data_dir, root)
     tally, images = make_missing(possible, existing.finished, recipe, share)
     if share.size > 1 and not share.rank:
         tally.failed += share.wait(lambda: count_missing(data_dir, possible, recipe, share), tally)

@@ -26,7 +26,7 @@ import numpy as np
 from copies import Image, Picture, Recording
 from laundering import Draw, Laundering, launder
 from pictures import Format, draw_parts, encode_png, fill_up, place_parts
-from recordings import SILENCE, read_audio
+from recordings import SILENCE, count_voices, read_audio
 
 from models import runtime
 
@@ -110,7 +110,8 @@ def make_recording(pictures: list[Picture], recipe: Recipe) -> Made:
             failed.append(f"{recording.path}: {explain(error)}")
             continue
         seconds, silent = seconds + len(samples) / rate, silent + len(starts) - len(loud)
-        notes = {"recording": recipe.root + recording.place, "recording_crc32": recording.checksum}
+        notes = {"audio": recipe.root, "recording": recording.place.partition("/")[2]}
+        notes["recording_crc32"] = recording.checksum
         if channel:
             notes |= {"channel": channel, "channels": len(channels)}
         for picture in pictures:
@@ -136,6 +137,8 @@ def make_picture(picture: Picture, samples: np.ndarray, starts: list[int], notes
     laundered, words = launder(samples, picture.condition, draw)
     notes = {"settings": recipe.list_settings(picture.condition), "parts": len(starts), **notes}
     notes |= {"seconds": round(form.duration / rate, 3), **({"laundering": words} if words else {})}
+    if picture.is_fake:
+        notes["recording_class"] = picture.recording.kind
     stem.parent.mkdir(parents=True, exist_ok=True)
     images = []
     for number, part in enumerate(draw_parts(fill_up(laundered, form.duration), starts, form)):

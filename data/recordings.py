@@ -35,7 +35,11 @@ def is_audio(path: str) -> bool:
         return False
 
 
-def read_audio(path: str, sample_rate: int) -> tuple[np.ndarray, float]:
+def count_voices(path: str) -> int:
+    return 1
+
+
+def read_audio(path: str, sample_rate: int, channel: int = 0) -> tuple[np.ndarray, float]:
     """Read one recording as mono samples at `sample_rate`, its mean removed.
 
     Returns:
