@@ -37,7 +37,7 @@ from resynthesis import RESYNTHESES  # noqa: E402
 
 from models import runtime  # noqa: E402
 from models.runtime import Rule  # noqa: E402
-from models.tables import write_list  # noqa: E402
+from models.tables import merge_list  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
 # Settings. Relative paths start at this script's folder.
@@ -399,25 +399,28 @@ def main() -> int:
     made = sum(tally.images.values())
     print(f"{made:,} images made now; {len(finished):,} of {len(pictures):,} copies were there already")
     speakers = choose_test_speakers(recordings, HOLDOUT_SPEAKERS, SEED)
-    write_lists(images, speakers, data_dir.parent / "test_data")
+    write_lists(images, speakers, data_dir)
     problems += tally.failed
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
-def write_lists(images: list[tuple], speakers: set[str], folder: Path) -> None:
+def write_lists(images: list[tuple], speakers: set[str], data_dir: Path) -> None:
     """Write the lists of the images to judge, and of whole speakers to test on."""
+    folder, lines = data_dir.parent / "test_data", []
     unknown = [[path, p.recording.name, f"{start_s:g}"] for path, p, start_s in images if p.recording.kind == "unknown"]
-    lines = [write_list(folder / "unknown.csv", ["img_path", "recording", "start_s"], unknown)] if unknown else []
+    if unknown:
+        lines.append(merge_list(folder / "unknown.csv", ["img_path", "recording", "start_s"], unknown, data_dir))
     own = [
         [path, p.recording.kind.capitalize(), p.recording.folder, p.condition]
         for path, p, _ in images
         if p.recording.folder in speakers and path.startswith(p.recording.kind)
     ]
     if own:
-        lines.append(write_list(folder / "test_own.csv", ["img_path", "actual_output", "speaker", "condition"], own))
-        lines[-1] += f" of {len(speakers)} speakers: name it in HOLDOUT_CSVS and in CSV_FILES"
+        header = ["img_path", "actual_output", "speaker", "condition"]
+        lines.append(merge_list(folder / "test_own.csv", header, own, data_dir))
+        lines[-1] += f" ({len(speakers)} speakers): name it in HOLDOUT_CSVS and in CSV_FILES"
     if unknown:
         settings = 'MODEL_PATH = Path("models/speech_resnet18.pth") and CSV_FILES = ["test_data/unknown.csv"]'
         lines.append(f"To judge the recordings in unknown/, set in evaluate_deepfake_model.py: {settings}")

@@ -217,7 +217,9 @@ def sum_losses(logits, labels, images):
 def test_parts_have_the_gradients_of_the_whole_batch(project):
     torch.manual_seed(0)
     compute, settings = Compute(torch.device("cpu"), torch.float32), {"LEARNING_RATE": 0.1, "WEIGHT_DECAY": 0}
-    run = trainer.Run(detector.make_network().eval(), 1, compute, None, {"settings": settings}, trainer.Start("random", 0.1))
+    run = trainer.Run(
+        detector.make_network().eval(), 1, compute, None, {"settings": settings}, trainer.Start("random", 0.1)
+    )
     images, labels = torch.rand(8, 3, 64, 64), torch.tensor([0, 1, 1, 1, 0, 1, 1, 1])
     expected = torch.nn.functional.cross_entropy(run.model(images), labels)
     expected.backward()
