@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import os
@@ -114,7 +115,7 @@ def check_writable(path: Path) -> None:
 
 
 def parse_table(content: bytes, path: Path, encoding: str) -> tuple[list[list[str]], str]:
-    """Parse a CSV as text: its rows, header first, and its delimiter (comma, semicolon or tab)."""
+    """Parse a CSV as text: its rows, header first, and its delimiter (comma, semicolon, tab, or what sep= names)."""
     if content.startswith(b"PK\x03\x04"):
         raise ValueError(f"{path} is an Excel workbook, not a CSV: save it as CSV UTF-8")
     try:
@@ -123,9 +124,10 @@ def parse_table(content: bytes, path: Path, encoding: str) -> tuple[list[list[st
         where = getattr(error, "start", 0)
         raise ValueError(f"{path} is not {encoding} (byte {where}): set CSV_ENCODING, or re-save it as UTF-8") from None
     csv.field_size_limit(2**31 - 1)
-    headers = []
+    headers, (hint, named) = [], split_hint(text)
+    text = text[len(hint) :]
     for blanks in ("", " "):  # a column of exactly this name in one delimiter comes before one with blanks in another
-        for delimiter in ",;\t":
+        for delimiter in dict.fromkeys(named + ",;\t"):
             try:
                 headers.append(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []))
                 if "img_path" in [name.strip(blanks) if blanks else name for name in headers[-1]]:
@@ -135,6 +137,12 @@ def parse_table(content: bytes, path: Path, encoding: str) -> tuple[list[list[st
                 raise ValueError(f"{path} is not a valid CSV: {error} (unbalanced quotes?)") from None
     found = ", ".join(repr(name.strip()[:40]) for name in max(headers, key=len)[:20]) or "none"
     raise ValueError(f"{path} has no column img_path; columns found: {found}")
+
+
+def split_hint(text: str) -> tuple[str, str]:
+    """Split off what tells Excel the delimiter, a first line sep=; or the like: that line, and the delimiter, or ""."""
+    match = re.match(r'("?)sep=(\\t|[^"\r\n])\1[,;\t]*(\r\n|\r|\n)', text, re.IGNORECASE)
+    return (match[0], match[2].replace("\\t", "\t")) if match else ("", "")
 
 
 def find_columns(header: list[str]) -> dict[str, int]:
@@ -180,8 +188,9 @@ def name_recording(path: str, base: Path, pattern: str) -> str:
 
 
 def format_table(rows: list[list[str]], delimiter: str, before: bytes, encoding: str) -> bytes:
-    """Write rows as CSV with the BOM, line endings and end of file that the file had before."""
+    """Write rows as CSV with the BOM, first line sep=, line endings and end of file that the file had before."""
     text = before.decode(encoding)
+    mark = text[:1] if text.startswith("\ufeff") else ""
     line_end = text.find("\n")
     newline = "\r\n" if text[line_end - 1 : line_end] == "\r" else "\n"
     if line_end < 0 and "\r" in text:
@@ -191,7 +200,7 @@ def format_table(rows: list[list[str]], delimiter: str, before: bytes, encoding:
     after = "".join(line.removesuffix("\r\n") + newline for line in lines)
     if not text.endswith(("\n", "\r")):
         after = after[: -len(newline)]
-    return ((text[:1] if text.startswith("\ufeff") else "") + after).encode(encoding)
+    return (mark + split_hint(text[len(mark) :])[0] + after).encode(encoding)
 
 
 def write_predictions(job: Job, llr: dict[str, float], encoding: str) -> tuple[Path, bytes]:
@@ -240,16 +249,73 @@ def format_csv(rows: list, delimiter: str = ",", newline: str = "\n") -> bytes:
     return buffer.getvalue().encode()
 
 
-def write_list(path: Path, header: list[str], rows: list[list[str]]) -> str:
-    """Write a CSV of images, unless it holds verdicts on other images. Returns what was done."""
-    if path.exists():
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            old = list(csv.DictReader(file))
-        if [row.get("img_path") for row in old] == [row[0] for row in rows]:
-            return f"{path.name} already lists these {len(rows):,} images"
-        judged = {row.get("img_path") for row in old if row.get("predicted_output")}
-        if not judged <= {row[0] for row in rows}:
-            raise ValueError(f"{path} holds verdicts on other images: rename it, and run this script again")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, format_csv([header, *rows]))
-    return f"{path.name} lists {len(rows):,} images"
+def guess_encoding(content: bytes) -> str:
+    """Guess how a spreadsheet encoded a CSV: UTF-16 by its byte order mark, UTF-8 where its bytes are, else cp1252."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return "cp1252"
+    return "utf-8"
+
+
+def is_untouched(row: list[str], columns: dict[str, int], header: list[str]) -> bool:
+    """Tell whether a row holds all that `merge_list` writes (as label its folder's class) and nothing else."""
+    others = dict(enumerate(row))
+    own = {name: others.pop(columns.get(name), "").strip() for name in header}
+    folder = own["img_path"].replace("\\", "/").partition("/")[0]
+    is_own = all(own.values()) and own.get("actual_output", folder).lower() == folder
+    return is_own and not any(cell.strip() for cell in others.values())
+
+
+def merge_list(path: Path, header: list[str], rows: list[list[str]], base: Path) -> str:
+    """List images in a CSV, which is the user's once it exists: rows are added, and those that stay keep every cell.
+
+    A row goes only where its image is gone and `is_untouched`. Delimiter, encoding and the like stay.
+
+    Args:
+        header: columns, img_path first; where the CSV lacks one, the new rows do too.
+        rows: one for each image that is to be listed, text in the order of the header.
+        base: the folder that img_path is relative to.
+
+    Returns:
+        A line that says what was done, and names rows that stay without an image.
+
+    Raises:
+        ValueError: the CSV cannot be read, or cannot hold the new rows. It is left as it is.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, format_csv([header, *rows]))
+        return f"{path.name} lists {len(rows):,} images"
+    before = path.read_bytes()
+    encoding = guess_encoding(before)
+    try:
+        (names, *old), delimiter = parse_table(before, path, encoding)
+    except ValueError as error:
+        raise ValueError(f"{error}; it is left as it is: correct it, or rename it to get a new one") from None
+    columns, kept, orphans = find_columns(names), [], []
+    new = {resolve_image(base, row[0]): dict(zip(header, row)) for row in rows}
+    unlisted = dict(new)
+    for row in old:
+        cell = "".join(row[columns["img_path"] :][:1]).strip()
+        image = resolve_image(base, cell)
+        unlisted.pop(image, None)
+        is_gone = cell and image not in new and not os.path.exists(image)
+        if not is_gone or not is_untouched(row, columns, header):
+            kept.append(row)
+            orphans += [cell] * bool(is_gone)
+    added = [[cells.get(name.strip(" "), "") for name in names] for cells in unlisted.values()]
+    words = f"{path.name} already lists these {len(rows):,} images"
+    if added or len(kept) < len(old):
+        try:
+            write_file(path, format_table([names, *kept, *added], delimiter, before, encoding))
+        except UnicodeEncodeError:
+            raise ValueError(f"{path} is {encoding}, which lacks letters of new images: re-save it as UTF-8") from None
+        words = f"{path.name}: {len(kept):,} rows stay as they are, {len(added):,} are added"
+        words += f", {len(old) - len(kept):,} are removed, whose images are gone" * (len(kept) < len(old))
+    if orphans:
+        more = f" and {len(orphans) - 3:,} more" * (len(orphans) > 3)
+        words += f"; {len(orphans):,} rows stay though their images are gone: {', '.join(orphans[:3])}{more}"
+    return words

@@ -12,16 +12,13 @@ import pytest
 from conftest import (
     D0,
     EVALUATOR,
-    MAKER,
     O0,
     assert_refused,
     evaluate_text,
-    make_tone,
     read_csv,
     read_summary,
     run,
     write_csv,
-    write_wav,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -178,16 +175,111 @@ def test_name_too_long_for_the_reports_is_refused_before_anything_is_judged(judg
     assert "Judged" not in outcome.out
 
 
-def test_list_with_verdicts_on_other_images_is_kept(tmp_path):
-    write_wav(tmp_path / "data/audio/unknown/a.wav", make_tone(1000, 1.9))
-    write_csv(tmp_path / "test_data/unknown.csv", [["img_path", "predicted_output"], ["unknown/x.png", "Original"]])
-    before = (tmp_path / "test_data/unknown.csv").read_bytes()
-    assert_refused(run(tmp_path, MAKER), "unknown.csv holds verdicts on other images")
-    assert (tmp_path / "test_data/unknown.csv").read_bytes() == before
-    write_csv(tmp_path / "test_data/unknown.csv", [["img_path", "predicted_output"], ["unknown/x.png", ""]])
-    assert run(tmp_path, MAKER).status == 0
-    assert [row["img_path"] for row in read_csv(tmp_path / "test_data/unknown.csv")] == ["unknown/a__clean.png"]
-    assert "already lists these 1 images" in run(tmp_path, MAKER).out
+HEADER = ["img_path", "recording", "start_s"]
+
+
+def merge(folder, *names):
+    """Make images of these names exist, and list them in unknown.csv."""
+    (folder / "data/unknown").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / "data/unknown" / name).write_bytes(b"")
+    rows = [[f"unknown/{name}", name.partition("_")[0], "0"] for name in names]
+    return tables.merge_list(folder / "test_data/unknown.csv", HEADER, rows, folder / "data")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize(("delimiter", "newline"), [(",", "\n"), (";", "\r\n"), ("\t", "\r\n")])
+@pytest.mark.parametrize("hint", [False, True])
+def test_new_images_are_added_to_a_list_and_all_that_is_in_it_stays(tmp_path, encoding, delimiter, newline, hint):
+    table = tmp_path / "test_data/unknown.csv"
+    assert merge(tmp_path, "a.png", "ü.png") == "unknown.csv lists 2 images"
+    lines = [
+        "recording,img_path,start_s,predicted_output,Größe",
+        "a,unknown/a.png,0,Original,007",
+        "",
+        "x,unknown\\ü.png,,,",
+    ]
+    lines = [line.replace(",", delimiter) for line in [f"sep={delimiter}"] * hint + lines]
+    before = (newline.join(lines) + newline).encode(encoding)
+    table.write_bytes(before)
+    assert merge(tmp_path, "a.png", "ü.png") == "unknown.csv already lists these 2 images"
+    assert table.read_bytes() == before
+    assert merge(tmp_path, "ü.png", "ö.png", "a.png") == "unknown.csv: 3 rows stay as they are, 1 are added"
+    added = "ö.png,unknown/ö.png,0,,".replace(",", delimiter) + newline
+    assert table.read_bytes().decode(encoding) == before.decode(encoding) + added
+
+
+@pytest.mark.parametrize(
+    ("row", "goes"),
+    [
+        ("unknown/gone.png,gone,1.8,,,", True),
+        ("unknown/gone.png,gone,1.8,Deepfake,0.9,", False),
+        ("unknown/gone.png,gone,1.8,,,mine", False),
+        ("unknown/gone.png,gone,1.8,,,,surplus", False),
+        ("unknown/gone.png,,,,,", False),  # the maker leaves none of its columns blank
+        ("../elsewhere.png,gone,1.8,,,", False),
+    ],
+)
+def test_row_of_an_image_that_is_gone_goes_only_if_nothing_in_it_is_the_users(tmp_path, row, goes):
+    (tmp_path / "elsewhere.png").write_bytes(b"")
+    header, table = (
+        "img_path,recording,start_s,predicted_output,deepfake_score,note",
+        tmp_path / "test_data/unknown.csv",
+    )
+    table.parent.mkdir()
+    table.write_text(f"{header}\n{row}\n")
+    words = merge(tmp_path, "a.png")
+    assert table.read_text() == f"{header}\n" + f"{row}\n" * (not goes) + "unknown/a.png,a.png,0,,,\n"
+    assert ("1 are removed, whose images are gone" in words) == goes
+    is_named = "1 rows stay though their images are gone: unknown/gone.png" in words
+    assert is_named == (not goes and "elsewhere" not in row)
+
+
+def test_corrected_label_of_an_image_that_is_gone_stays(tmp_path):
+    header, table = ["img_path", "actual_output"], tmp_path / "test_own.csv"
+    rows = [["original/a.png", "Original"], ["original/b.png", "Deepfake"], ["deepfake/c.png", "Deepfake"]]
+    write_csv(table, [header, *rows])
+    tables.merge_list(table, header, [["original/d.png", "Original"]], tmp_path)
+    assert [row["img_path"] for row in read_csv(table)] == ["original/b.png", "original/d.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"image,note\na.png,mine\n", "has no column img_path; columns found: 'image', 'note'"),
+        (b'img_path,note\nunknown/x.png,"never closed\n', "unbalanced quotes?"),
+        (b"PK\x03\x04\xff", "is an Excel workbook, not a CSV"),
+        ("img_path;Größe\n".encode("cp1252"), "is cp1252, which lacks letters of new images: re-save it as UTF-8"),
+    ],
+)
+def test_list_that_cannot_be_read_is_refused_and_not_overwritten(tmp_path, content, words):
+    table = tmp_path / "test_data/unknown.csv"
+    table.parent.mkdir()
+    table.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        merge(tmp_path, "й.png")
+    assert words in str(caught.value) and str(table) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert table.read_bytes() == content
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("hint", "delimiter"), [("sep=;", ";"), ('"sep=,"', ","), ("SEP=\t", "\t"), ("sep=\\t", "\t"), ("sep=|", "|")]
+)
+def test_hint_for_excel_names_the_delimiter_and_is_no_row(tmp_path, mark, end, hint, delimiter):
+    lines = [hint, delimiter.join(["img_path", "note, or; so"]), delimiter.join(["x.png", "1"])]
+    lines[1] = delimiter.join(["img_path", '"note, or; so"'])
+    (tmp_path / "a.csv").write_bytes((mark + end.join(lines) + end).encode())
+    job = tables.read_job(tmp_path / "a.csv", "a.csv", tmp_path, "utf-8")
+    assert job.rows == [["img_path", "note, or; so"], ["x.png", "1"]]
+    assert list(job.images) == [2]
+    tables.write_predictions(job, {job.images[2]: -1.0}, "utf-8")
+    text = (tmp_path / "a.csv").read_bytes().decode()
+    assert text.startswith(f"{mark}{hint}{end}img_path{delimiter}")
+    assert f"{end}x.png{delimiter}1{delimiter}Deepfake{delimiter}0.7" in text
+    assert tables.read_job(tmp_path / "a.csv", "a.csv", tmp_path, "utf-8").rows[1][:2] == ["x.png", "1"]
 
 
 @pytest.mark.parametrize(
