@@ -46,7 +46,7 @@ from resynthesis import RESYNTHESES  # noqa: E402
 
 from models import runtime  # noqa: E402
 from models.runtime import Rule  # noqa: E402
-from models.tables import merge_list  # noqa: E402
+from models.tables import find_used, merge_list, read_list  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
 # Settings. Relative paths start at this script's folder.
@@ -101,6 +101,8 @@ RULES = {
     "WORKERS": runtime.or_none(runtime.whole_number(1)),
 }
 KINDS = ("original", "deepfake", "unknown")
+UNKNOWN_COLUMNS = ["img_path", "recording", "start_s"]
+OWN_COLUMNS = ["img_path", "actual_output", "speaker", "condition"]
 
 
 # ---- Recordings
@@ -221,7 +223,9 @@ def main() -> int:
     if not share.rank:
         share.forget_dead()
         unread = {kind for kind, found in found_problems.items() if found}
-        lines = set_aside(existing.strays, recordings, unread, data_dir, root)
+        used = find_used(data_dir.parent / "test_data/unknown.csv", UNKNOWN_COLUMNS, data_dir)
+        strays = [stray for stray in existing.strays if str(stray[0]) not in used]
+        lines = set_aside(strays, recordings, unread, data_dir, root)
     tally, images = make_missing(possible, existing.finished, recipe, share)
     if share.size > 1 and not share.rank:
         tally.failed += share.wait(lambda: count_missing(data_dir, possible, recipe, share), tally)
@@ -272,6 +276,9 @@ def write_lists(pictures: list[Picture], images: dict[Path, list[Image]], data_d
     """Write the lists of the images to judge, and of whole speakers to test on. Returns what was done."""
     unknown, own, lines, folder = [], [], [], data_dir.parent / "test_data"
     speakers = choose_test_speakers([picture.recording for picture in pictures], HOLDOUT_SPEAKERS, SEED)
+    if (folder / "test_own.csv").exists():  # a speaker that was tested on stays one
+        names, *rows = read_list(folder / "test_own.csv")[0]
+        speakers |= {dict(zip(names, row)).get("speaker", "") for row in rows} - {""}
     for picture in pictures:
         recording = picture.recording
         for image in sorted(images.get(picture.stem, ()), key=lambda image: (image.channel, image.start_s)):
@@ -282,12 +289,11 @@ def write_lists(pictures: list[Picture], images: dict[Path, list[Image]], data_d
             elif recording.folder in speakers and path.startswith(recording.kind):
                 own.append([path, recording.kind.capitalize(), recording.folder, picture.condition])
     if unknown:
-        lines.append(merge_list(folder / "unknown.csv", ["img_path", "recording", "start_s"], unknown, data_dir))
+        lines.append(merge_list(folder / "unknown.csv", UNKNOWN_COLUMNS, unknown, data_dir))
         settings = 'MODEL_PATH = Path("models/speech_resnet18.pth") and CSV_FILES = ["test_data/unknown.csv"]'
         lines.append(f"To judge the recordings in unknown/, set in evaluate_deepfake_model.py: {settings}")
     if own:
-        header = ["img_path", "actual_output", "speaker", "condition"]
-        lines.append(merge_list(folder / "test_own.csv", header, own, data_dir))
+        lines.append(merge_list(folder / "test_own.csv", OWN_COLUMNS, own, data_dir))
         lines[-1] += f" of {len(speakers)} speakers: name it in HOLDOUT_CSVS and in CSV_FILES"
     return lines
 

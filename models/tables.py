@@ -269,6 +269,26 @@ def is_untouched(row: list[str], columns: dict[str, int], header: list[str]) -> 
     return is_own and not any(cell.strip() for cell in others.values())
 
 
+def read_list(path: Path) -> tuple[list[list[str]], str, bytes, str]:
+    """Read a CSV that `merge_list` wrote and others may have edited: rows, delimiter, content, encoding."""
+    before = path.read_bytes()
+    encoding = guess_encoding(before)
+    try:
+        return *parse_table(before, path, encoding), before, encoding
+    except ValueError as error:
+        raise ValueError(f"{error}; it is left as it is: correct it, or rename it to get a new one") from None
+
+
+def find_used(path: Path, header: list[str], base: Path) -> set[str]:
+    """Find the images in whose rows of such a CSV, if there is one, somebody has written: their paths."""
+    if not path.exists():
+        return set()
+    names, *rows = read_list(path)[0]
+    columns = find_columns(names)
+    used = [row[columns["img_path"]] for row in rows if row and not is_untouched(row, columns, header)]
+    return {resolve_image(base, cell.strip()) for cell in used}
+
+
 def merge_list(path: Path, header: list[str], rows: list[list[str]], base: Path) -> str:
     """List images in a CSV, which is the user's once it exists: rows are added, and those that stay keep every cell.
 
@@ -289,12 +309,7 @@ def merge_list(path: Path, header: list[str], rows: list[list[str]], base: Path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, format_csv([header, *rows]))
         return f"{path.name} lists {len(rows):,} images"
-    before = path.read_bytes()
-    encoding = guess_encoding(before)
-    try:
-        (names, *old), delimiter = parse_table(before, path, encoding)
-    except ValueError as error:
-        raise ValueError(f"{error}; it is left as it is: correct it, or rename it to get a new one") from None
+    (names, *old), delimiter, before, encoding = read_list(path)
     columns, kept, orphans = find_columns(names), [], []
     new = {resolve_image(base, row[0]): dict(zip(header, row)) for row in rows}
     unlisted = dict(new)

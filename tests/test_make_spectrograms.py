@@ -24,6 +24,7 @@ from conftest import (
     read_csv,
     run,
     run_process,
+    write_csv,
     write_voices,
     write_wav,
 )
@@ -352,6 +353,42 @@ def test_images_set_aside_twice_replace_nothing(tmp_path):
         (tmp_path / "data/audio/original/b.wav").unlink()
         assert run(tmp_path, MAKER).status == 0
     assert list_aside(tmp_path) == ["original/combined/b__clean.2.png", "original/combined/b__clean.png"]
+
+
+def test_judged_images_of_deleted_recordings_stay(tmp_path):
+    folder = tmp_path / "data/audio/unknown"
+    write_voices(folder, ["a", "b", "c"])
+    assert run(tmp_path, MAKER).status == 0
+    rows = read_csv(tmp_path / "test_data/unknown.csv")
+    write_csv(
+        tmp_path / "test_data/unknown.csv",
+        [
+            [*rows[0], "predicted_output"],
+            *([*row.values(), "Original" * (number == 0)] for number, row in enumerate(rows)),
+        ],
+    )
+    for name in "ab":
+        (folder / f"{name}.wav").unlink()
+    assert run(tmp_path, MAKER).status == 0
+    assert list_aside(tmp_path) == ["unknown/b__clean.png"]
+    assert [row["recording"] for row in read_csv(tmp_path / "test_data/unknown.csv")] == ["a", "c"]
+
+
+def test_speakers_that_were_tested_on_stay_so(tmp_path):
+    for kind in ("original", "deepfake"):
+        for speaker in range(4):
+            write_wav(tmp_path / f"data/audio/{kind}/{speaker}/x.wav", make_voice(speaker))
+    assert run(tmp_path, MAKER).status == 0
+    before = {row["speaker"] for row in read_csv(tmp_path / "test_data/test_own.csv")}
+    for kind in ("original", "deepfake"):
+        for speaker in range(4, 20):
+            write_wav(tmp_path / f"data/audio/{kind}/{speaker}/x.wav", make_voice(speaker))
+        for speaker in before:
+            write_wav(tmp_path / f"data/audio/{kind}/{speaker}/y.wav", make_voice(99))
+    assert run(tmp_path, MAKER).status == 0
+    rows = read_csv(tmp_path / "test_data/test_own.csv")
+    for speaker in before:
+        assert sum(row["speaker"] == speaker for row in rows) == 4
 
 
 # ---- One file in unknown/ is one recording; several in a class may be
