@@ -25,7 +25,8 @@ class Recording(NamedTuple):
     kind: str  # original, deepfake or unknown
     place: str  # path below AUDIO_DIR, with forward slashes
     folder: str  # below the kind's folder, with forward slashes; "": directly in it
-    name: str  # in the names of its images: folder and file name
+    title: str  # folder and file name
+    name: str  # the same in the names of its images, where it must not merge with another
     rest: str  # what its file name holds after __, another copy of the recording; "": in unknown/, where it is one
 
     @property
@@ -83,11 +84,12 @@ def name_recording(path: str, audio_dir: Path, kind: str) -> Recording:
     stem = os.path.splitext(os.path.basename(path))[0]
     stem, _, rest = (stem, "", "") if kind == "unknown" else stem.partition("__")
     name = "-".join([*below.replace("__", "_").split("/"), stem] if below else [stem])
+    title = make_portable(name)
     if kind == "unknown" and (name != name.strip("_") or "__" in name):
         name = f"{re.sub('__+', '_', name).strip('_')}-{zlib.crc32(os.fsencode(name)):08x}"
     name, rest = (make_portable(text) for text in (name, rest))
     place = f"{kind}/{below}/{os.path.basename(path)}".replace("//", "/")
-    return Recording(path, kind, place, make_portable(below, keep="/"), name, rest)
+    return Recording(path, kind, place, make_portable(below, keep="/"), title, name, rest)
 
 
 def make_portable(text: str, keep: str = "") -> str:
@@ -239,7 +241,7 @@ def set_aside(
         if notes.get("audio") != root:
             continue
         if f"{kind}/{notes['recording']}" in places:
-            moved["CONDITIONS or FAKES no longer ask for, or whose folder is another now"].append(below)
+            moved["that CONDITIONS and FAKES no longer ask for, or that belong into another folder now"].append(below)
         elif f"{other}/{notes['recording']}" in places:
             moved["whose recording was moved to the other class"].append(below)
         elif kind in kinds:

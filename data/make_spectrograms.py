@@ -198,7 +198,7 @@ def make_missing(pictures: list[Picture], finished: set[Path], recipe: Recipe, s
             images |= {Path(stem): parts for stem, parts in made.images.items()}
     seconds = time.perf_counter() - started
     if jobs:
-        print(f"{len(jobs):,} recordings in {seconds:,.0f} s: {len(jobs) / seconds:,.0f} a second")
+        print(f"{len(jobs):,} recordings in {seconds:,.0f} s: {len(jobs) / seconds:,.3g} recordings a second")
     return tally, images
 
 
@@ -284,8 +284,8 @@ def write_lists(pictures: list[Picture], images: dict[Path, list[Image]], data_d
         for image in sorted(images.get(picture.stem, ()), key=lambda image: (image.channel, image.start_s)):
             path = image.path.relative_to(data_dir).as_posix()
             if recording.kind == "unknown":
-                name = picture.name_channel(image.channel).name.partition("__")[0]
-                unknown.append([path, name, f"{image.start_s:g}"])
+                title = recording.title + (f" channel {image.channel}" if image.channel else "")
+                unknown.append([path, title, f"{image.start_s:g}"])
             elif recording.folder in speakers and path.startswith(recording.kind):
                 own.append([path, recording.kind.capitalize(), recording.folder, picture.condition])
     if unknown:

@@ -318,7 +318,7 @@ def test_images_of_corrected_labels_are_set_aside_in_their_folders(tmp_path):
     for line in (
         "3 images whose recording was moved to the other class: ",
         "3 images whose recording is gone: ",
-        "2 images CONDITIONS or FAKES no longer ask for",
+        "2 images that CONDITIONS and FAKES no longer ask for",
     ):
         assert f"Set aside in data/set_aside/: {line}" in outcome.out
     assert "Set aside" not in run(tmp_path, MAKER, CONDITIONS=("clean",), FAKES=("lpc",)).out
