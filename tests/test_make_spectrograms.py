@@ -3,35 +3,25 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 
 import laundering
-import making
 import numpy as np
-import pictures
 import pytest
 import soundfile
 from conftest import (
     CLEAN,
     MAKER,
     assert_refused,
-    copy_script,
     list_images,
     make_tone,
-    make_voice,
     read_csv,
     run,
     run_process,
-    write_csv,
     write_voices,
     write_wav,
 )
 from PIL import Image
-from train_deepfake_detector import RECORDING_PATTERN as PATTERN
-
-from models import tables
 
 
 def test_script_makes_every_copy_the_same_in_each_run_and_class(tmp_path):
@@ -289,206 +279,3 @@ def test_names_of_every_kind_make_images_and_lists(tmp_path, name):
     rows = read_csv(tmp_path / "test_data/unknown.csv")
     assert len(rows) == 2
     assert all((tmp_path / "data" / row["img_path"]).exists() for row in rows)
-
-
-# ---- Images follow their recordings
-
-
-def list_aside(folder):
-    """The paths of all images that were set aside."""
-    return list_images(folder / "data/set_aside")
-
-
-def test_images_of_corrected_labels_are_set_aside_in_their_folders(tmp_path):
-    audio = tmp_path / "data/audio"
-    for number, name in enumerate(("original/a.wav", "original/b.wav", "original/c.wav", "deepfake/d.wav")):
-        write_wav(audio / name, make_voice(number))
-    assert run(tmp_path, MAKER, CONDITIONS=("clean", "noise"), FAKES=("lpc",)).status == 0
-    (audio / "original/b.wav").rename(audio / "deepfake/b.wav")
-    (audio / "original/c.wav").unlink()
-    outcome = run(tmp_path, MAKER, CONDITIONS=("clean",), FAKES=("lpc",))
-    assert (outcome.status, outcome.err) == (0, "")
-    assert list_images(tmp_path / "data/original") == ["combined/a__clean.png"]
-    assert list_images(tmp_path / "data/deepfake") == [
-        *("combined/a__lpc.png", "combined/b__clean.png", "combined/d__clean.png"),
-    ]
-    moved = [f"deepfake/combined/{name}.png" for name in ("b__lpc", "c__lpc", "d__noise")]
-    moved += [f"original/combined/{a}__{b}.png" for a in "abc" for b in ("clean", "noise") if a + b != "aclean"]
-    assert list_aside(tmp_path) == moved
-    for line in (
-        "3 images whose recording was moved to the other class: ",
-        "3 images whose recording is gone: ",
-        "2 images that CONDITIONS and FAKES no longer ask for",
-    ):
-        assert f"Set aside in data/set_aside/: {line}" in outcome.out
-    assert "Set aside" not in run(tmp_path, MAKER, CONDITIONS=("clean",), FAKES=("lpc",)).out
-
-
-def test_nothing_is_set_aside_that_this_folder_of_recordings_does_not_account_for(tmp_path):
-    write_voices(tmp_path / "data/audio/original", ["a", "b"])
-    write_voices(tmp_path / "data/audio/deepfake", ["d"])
-    write_voices(tmp_path / "data/other/original", ["x"])
-    assert run(tmp_path, MAKER).status == 0
-    shutil.rmtree(tmp_path / "data/audio/deepfake")
-    outcome = run(tmp_path, MAKER)
-    assert "deepfake: 1 images stay although their recordings are gone: no recording at all is left in " in outcome.out
-    assert run(tmp_path, MAKER, AUDIO_DIR="other").status == 0
-    image = tmp_path / "data/original/combined/a__clean.png"
-    with Image.open(image) as opened:  # as the demo's images are: they note no recording
-        notes = json.loads(opened.text["spectrogram"])
-        pixels = np.array(opened)
-    image.with_name("demo__clean.png").write_bytes(
-        pictures.encode_png(pixels, {name: notes[name] for name in ("settings", "parts", "recording_crc32")})
-    )
-    assert run(tmp_path, MAKER).status == 0
-    assert list_aside(tmp_path) == []
-    assert len(list_images(tmp_path / "data")) == 5
-
-
-def test_images_set_aside_twice_replace_nothing(tmp_path):
-    for number in (1, 2):
-        write_voices(tmp_path / f"data/audio/original/{number}", ["a"])
-        write_wav(tmp_path / "data/audio/original/b.wav", make_voice(number))
-        assert run(tmp_path, MAKER).status == 0
-        (tmp_path / "data/audio/original/b.wav").unlink()
-        assert run(tmp_path, MAKER).status == 0
-    assert list_aside(tmp_path) == ["original/combined/b__clean.2.png", "original/combined/b__clean.png"]
-
-
-def test_judged_images_of_deleted_recordings_stay(tmp_path):
-    folder = tmp_path / "data/audio/unknown"
-    write_voices(folder, ["a", "b", "c"])
-    assert run(tmp_path, MAKER).status == 0
-    rows = read_csv(tmp_path / "test_data/unknown.csv")
-    write_csv(
-        tmp_path / "test_data/unknown.csv",
-        [
-            [*rows[0], "predicted_output"],
-            *([*row.values(), "Original" * (number == 0)] for number, row in enumerate(rows)),
-        ],
-    )
-    for name in "ab":
-        (folder / f"{name}.wav").unlink()
-    assert run(tmp_path, MAKER).status == 0
-    assert list_aside(tmp_path) == ["unknown/b__clean.png"]
-    assert [row["recording"] for row in read_csv(tmp_path / "test_data/unknown.csv")] == ["a", "c"]
-
-
-def test_speakers_that_were_tested_on_stay_so(tmp_path):
-    for kind in ("original", "deepfake"):
-        for speaker in range(4):
-            write_wav(tmp_path / f"data/audio/{kind}/{speaker}/x.wav", make_voice(speaker))
-    assert run(tmp_path, MAKER).status == 0
-    before = {row["speaker"] for row in read_csv(tmp_path / "test_data/test_own.csv")}
-    for kind in ("original", "deepfake"):
-        for speaker in range(4, 20):
-            write_wav(tmp_path / f"data/audio/{kind}/{speaker}/x.wav", make_voice(speaker))
-        for speaker in before:
-            write_wav(tmp_path / f"data/audio/{kind}/{speaker}/y.wav", make_voice(99))
-    assert run(tmp_path, MAKER).status == 0
-    rows = read_csv(tmp_path / "test_data/test_own.csv")
-    for speaker in before:
-        assert sum(row["speaker"] == speaker for row in rows) == 4
-
-
-# ---- One file in unknown/ is one recording; several in a class may be
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("2024-05-03__alice", "2024-05-03__bob"),
-        ("a", "a_"),
-        ("a", "a__"),
-        ("a", "a___b"),
-        ("_a", "a"),
-        ("a?b", "a*b", "a_b"),
-        ("x" * 200 + "1", "x" * 200 + "2"),
-    ],
-)
-def test_names_of_files_to_judge_merge_nothing(tmp_path, names):
-    write_voices(tmp_path / "data/audio/unknown", names)
-    outcome = run(tmp_path, MAKER)
-    assert (outcome.status, outcome.err) == (0, "")
-    rows = read_csv(tmp_path / "test_data/unknown.csv")
-    assert len({row["recording"] for row in rows}) == len(names)
-    assert len({tables.name_recording(row["img_path"], "", PATTERN) for row in rows}) == len(names)
-
-
-def test_files_that_are_taken_as_copies_of_one_recording_are_named(tmp_path):
-    write_voices(tmp_path / "data/audio/original", ["talk__phone", "talk__studio", "b", "b_", "c"])
-    write_voices(tmp_path / "data/audio/deepfake", ["talk__vocoder"])
-    lines = run(tmp_path, MAKER).out.splitlines()
-    assert [line for line in lines if "have several files" in line] == [
-        "original: what stands before __ names the recording: 2 have several files (b: b.wav, b_.wav; "
-        "talk: talk__phone.wav, talk__studio.wav)"
-    ]
-
-
-# ---- All cores, many machines
-
-
-def test_images_and_lists_are_the_same_whatever_the_number_of_processes(tmp_path):
-    content = []
-    for workers in (1, 2):
-        folder = tmp_path / str(workers)
-        write_voices(folder / "data/audio/unknown", [f"v{number}" for number in range(50)])
-        (folder / "data/audio/unknown/v7.wav").write_bytes(b"RIFF")
-        outcome = run(folder, MAKER, WORKERS=workers)
-        assert outcome.status == 1 and len(outcome.err.splitlines()) == 1 and "v7.wav" in outcome.err
-        files = [path for path in folder.rglob("*") if path.suffix in (".png", ".csv")]
-        content.append({path.relative_to(folder): path.read_bytes() for path in files})
-    assert content[0] == content[1]
-    assert len(content[0]) == 50
-
-
-def test_death_of_a_worker_process_is_one_line(tmp_path):
-    write_voices(tmp_path / "data/audio/original", [f"v{number}" for number in range(50)])
-    script = copy_script(tmp_path, MAKER, WORKERS=2)
-    module = tmp_path / "data/making.py"
-    module.write_text(
-        module.read_text().replace("    recording, form, rate = ", "    os._exit(1)\n    recording, form, rate = ")
-    )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: a worker process died")
-    assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
-def test_several_processes_share_the_recordings(tmp_path, names):
-    voices = [f"v{number}" for number in range(12)]
-    for name in ("alone", "shared"):
-        write_voices(tmp_path / name / "data/audio/unknown", voices)
-    assert run(tmp_path / "alone", MAKER).status == 0
-    script = copy_script(tmp_path / "shared", MAKER)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script],
-            env={**os.environ, names[0]: str(rank), names[1]: "4"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (3, 2, 1, 0)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0, 0]
-    assert outputs[:3] == ["", "", ""] and "12 images made now" in outputs[3]
-    for name in (*[f"data/unknown/{voice}__clean.png" for voice in voices], "test_data/unknown.csv"):
-        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
-    assert not (tmp_path / "shared/data/.making").exists()
-
-
-def test_process_that_died_is_named_and_its_part_made_by_the_next_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(making, "SILENT_S", 0.3)
-    write_voices(tmp_path / "data/audio/unknown", [f"v{number}" for number in range(12)])
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    outcome = run(tmp_path, MAKER)
-    assert outcome.status == 1
-    made = len(list_images(tmp_path / "data"))
-    assert 0 < made < 12
-    assert outcome.err == f"left out: {12 - made} copies: rank 1 of 2 never started: run this again to make them\n"
-    monkeypatch.delenv("RANK")
-    assert run(tmp_path, MAKER).status == 0
-    assert len(list_images(tmp_path / "data")) == 12

@@ -66,6 +66,7 @@ def test_functions_and_files_named_under_change_the_code_exist():
 
 LAYERS = [  # each may import what stands below it, and what stands before it in its own row
     [TRAINER, EVALUATOR, MAKER],
+    ["data/copies.py", "data/making.py"],
     ["models/checks.py", "models/figures.py", "models/report.py", "data/laundering.py", "data/pictures.py"],
     ["models/tables.py", "models/metrics.py", "models/pixel_cache.py", "models/dataset.py", "data/resynthesis.py"],
     ["models/images.py", "models/detector.py", "models/start.py", "models/gradients.py", "data/recordings.py"],
@@ -122,7 +123,7 @@ def test_commands_name_files_that_exist():
 
 
 def test_messages_under_troubleshooting_are_in_the_scripts():
-    paths = [*SCRIPTS, *(path.relative_to(ROOT) for path in ROOT.glob("models/*.py"))]
+    paths = [*SCRIPTS, *(path.relative_to(ROOT) for path in [*ROOT.glob("models/*.py"), *ROOT.glob("data/*.py")])]
     sources = " ".join((ROOT / path).read_text(encoding="utf-8") for path in paths)
     section = README.split("## Troubleshooting")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines()[4:] if line.startswith("|")]
