@@ -29,13 +29,14 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+HERE = Path(globals().get("__file__", "data/make_spectrograms.py")).resolve().parent  # none where it was pasted
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # before other packages called models
 from laundering import LAUNDERING, Draw, Laundering, launder  # noqa: E402
 from pictures import Format, draw_parts, encode_png, fill_up, place_parts, read_notes  # noqa: E402
 from recordings import AUDIO_SUFFIXES, FOREIGN_SUFFIXES, SILENCE, has_soundfile, is_audio, read_audio  # noqa: E402
 from resynthesis import RESYNTHESES  # noqa: E402
 
-from models import runtime  # noqa: E402
+from models import runtime, script  # noqa: E402
 from models.runtime import Rule  # noqa: E402
 from models.tables import write_list  # noqa: E402
 
@@ -69,6 +70,8 @@ def are_conditions(value: tuple, first: tuple[str, ...]) -> bool:
 
 
 RULES = {
+    "AUDIO_DIR": runtime.PATH,
+    "BABBLE_DIR": runtime.or_none(runtime.PATH),
     "CONDITIONS": Rule(
         lambda value: value and are_conditions(value, ("clean", *LAUNDERING)),
         f"some of clean, {', '.join([*LAUNDERING, *RESYNTHESES])}, or several joined by +",
@@ -365,12 +368,11 @@ def report_kind(kind: str, recordings: list[Recording], tally: Tally, images: in
 
 def main() -> int:
     """Make the images that are missing. Returns the exit status: 0, or 1 if something was left out."""
-    data_dir = Path(__file__).resolve().parent
-    settings = {name: globals()[name] for name in RULES}
-    runtime.check_settings(settings, RULES)
-    settings = json.loads(json.dumps(settings))  # as the images give them back
+    data_dir = HERE
+    settings = runtime.check_settings({name: globals()[name] for name in RULES}, RULES)
+    settings = json.loads(json.dumps(settings, default=str))  # as the images give them back
     form, laundering = (kind(*(settings[name.upper()] for name in kind._fields)) for kind in (Format, Laundering))
-    audio_dir = Path(os.path.normpath(data_dir / AUDIO_DIR))
+    audio_dir = Path(os.path.normpath(data_dir / settings["AUDIO_DIR"]))
     recordings, problems, ignored = [], [], {}
     for kind in KINDS:
         if (audio_dir / kind).is_dir():
@@ -387,7 +389,8 @@ def main() -> int:
     problems += missing
     pictures = plan_pictures(recordings, conditions, data_dir)
     folders = {picture.stem.relative_to(data_dir).parts[0] for picture in pictures}
-    babble = [r.path for r in find_recordings(data_dir / BABBLE_DIR, "babble")[0]] if BABBLE_DIR else []
+    babble_dir = settings["BABBLE_DIR"]
+    babble = [r.path for r in find_recordings(data_dir / babble_dir, "babble")[0]] if babble_dir else []
     recipe = Recipe(form, laundering, babble)
     finished = find_finished({data_dir / folder for folder in folders}, pictures, recipe)
     tally = make_images([picture for picture in pictures if picture.stem not in finished], recipe)
@@ -426,4 +429,4 @@ def write_lists(images: list[tuple], speakers: set[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run_script(main, __doc__, "run it again to make the rest"))
+    sys.exit(script.run_script(main, __doc__, "run it again to make the rest", "AUDIO_DIR"))
