@@ -28,19 +28,19 @@ from collections import Counter, deque
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Callable, Optional
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from models import figures, report, runtime
+from models import figures, report, runtime, script
 from models.checks import UNLIKE_FRACTION, check_format, check_seen
 from models.detector import Detector, Score, fuse_norms, load_detector, name_verdicts, to_scores
-from models.images import count_seconds, read_image, take_fingerprint, to_input
+from models.images import count_seconds, read_image, read_span, take_fingerprint, to_input
 from models.metrics import REPORT_ORDER, measure, measure_conditions, measure_table
-from models.runtime import Compute, Team, write_file
+from models.runtime import Compute, Team
 from models.tables import OUTPUTS, Job, find_columns, format_csv, name_recording, read_jobs, write_predictions
 
 if TYPE_CHECKING:
@@ -80,20 +80,20 @@ RULES = {
 
 
 def read_batches(paths: list[str], size: int, batch_size: int, threads: int, ahead: int) -> Iterator[list[tuple]]:
-    """Read images in batches of (pixels, fingerprint, ""), or (None, 0, the reason why it cannot be read).
+    """Read images in batches of (pixels, fingerprint, span, ""), or (None, 0, None, the reason why it cannot be read).
 
     Args:
         ahead: batches to read while the network is busy. For a GPU; on a CPU both would fight for the cores.
     """
 
-    def read(path: str) -> tuple[Optional[torch.Tensor], int, str]:
+    def read(path: str) -> tuple[Optional[torch.Tensor], int, Optional[tuple[float, float]], str]:
         try:
             if not path:
                 raise ValueError("img_path is blank")
             pixels = read_image(path, size)
-            return pixels, take_fingerprint(pixels.numpy()), ""
+            return pixels, take_fingerprint(pixels.numpy()), read_span(path), ""
         except Exception as error:  # Pillow's decoders raise many kinds; every one is reported by name
-            return None, 0, f"{type(error).__name__}: {error}".splitlines()[0]
+            return None, 0, None, f"{type(error).__name__}: {error}".splitlines()[0]
 
     with ThreadPoolExecutor(threads) as pool:
         pending = deque()
@@ -125,14 +125,14 @@ def score_images(paths: list[str], model: Detector, compute: Compute, settings: 
                 features = network(inputs)
             logits = head(features.float())
             margins[len(about) : len(about) + len(batch)] = logits[:, fake] - logits[:, 1 - fake]
-            about += [(fingerprint, reason) for _, fingerprint, reason in batch]
+            about += [rest for _, *rest in batch]
             progress.update(len(batch))
     scale, offset = facts["calibration"]["scale"], facts["calibration"]["offset"]
     scores = {}
-    for path, margin, (fingerprint, reason) in zip(paths, margins.tolist(), about):
+    for path, margin, (fingerprint, span, reason) in zip(paths, margins.tolist(), about):
         if not math.isfinite(margin):
             reason = reason or "the network's output is not finite"
-        scores[path] = Score(margin, -(scale * margin + offset), fingerprint, reason)
+        scores[path] = Score(margin, -(scale * margin + offset), fingerprint, reason, span)
     everything = {path: score for part in team.gather(scores) for path, score in part.items()}
     print(f"Judged {total:,} images in {time.perf_counter() - started:.2f} s")
     return everything
@@ -161,7 +161,7 @@ def choose_rows(job: Job, scores: dict[str, Score], facts: dict, report_by: tupl
 
 
 def describe_recordings(
-    table: pandas.DataFrame, report_by: tuple[str, ...], unlike: set[str], facts: dict
+    table: pandas.DataFrame, scores: dict[str, Score], report_by: tuple[str, ...], unlike: set[str], facts: dict
 ) -> pandas.DataFrame:
     """Merge the images of each recording and label (and value of the columns): mean of their log-likelihood ratios.
 
@@ -176,7 +176,7 @@ def describe_recordings(
     llr, beyond = merged["llr"].to_numpy(float), facts.get("validation_scores")
     merged["predicted_output"] = name_verdicts(llr)
     merged["deepfake_score"] = to_scores(llr)
-    merged["seconds"] = [count_seconds(paths) for paths in merged["paths"]]
+    merged["seconds"] = [count_seconds([scores[path].span for path in paths]) for paths in merged["paths"]]
     for name, label, side in (("originals_below", "Original", 1), ("deepfakes_above", "Deepfake", -1)):
         values = beyond[label].numpy() * side if beyond else None
         merged[name] = [float((values <= side * value).mean()) if beyond else "" for value in merged["llr"]]
@@ -234,24 +234,25 @@ def report_job(
     """Write all that belongs to one CSV. Returns its entry for the summary; None where nothing can be measured."""
     rows, entry = choose_rows(job, scores, model.facts, report_by), None
     labelled = rows[rows["label"] != ""]
-    look, unlike = check_format(rows["path"].unique().tolist(), model.facts)
+    look, unlike = check_format({path: scores[path].fingerprint for path in rows["path"]}, model.facts)
     if look and look["warning"]:
         print(f"WARNING: {job.name}: {look['warning']}")
     seen = check_seen(labelled if len(labelled) else rows, model.facts, scores)
     checked = {"shortcuts": model.facts.get("shortcuts"), "seen": seen, "format": look}
-    recordings = describe_recordings(rows, report_by, unlike, model.facts)
+    recordings = describe_recordings(rows, scores, report_by, unlike, model.facts)
 
     files = format_scores(job, rows)
     if len(recordings) < len(rows) or (job.labels is None and len(rows)):
         listed = recordings.drop(columns=["is_fake", "paths"]).rename(columns={"label": "actual_output"})
         files["_recordings.csv"] = listed.to_csv(index=False).encode()
-        files["_timeline.png"] = figures.draw_timelines(recordings, dict(zip(rows["path"], rows["llr"])))
+        size = model.facts["image_size"]
+        files["_timeline.png"] = try_draw(job, "_timeline.png", figures.draw_timelines, recordings, scores, size)
     if len(labelled):
         entry = {**measure_job(job, rows, recordings, report_by), **checked}
         entry["report"] = report.format_report(entry)
         files["_report.txt"] = entry["report"].encode()
         files[".png"] = figures.draw_confusion(job.path.stem, np.array(entry["confusion_matrix"]["counts"]))
-        files["_mistakes.png"] = figures.draw_mistakes(labelled, model)
+        files["_mistakes.png"] = try_draw(job, "_mistakes.png", figures.draw_mistakes, labelled, scores, model)
         if entry["eer"] is not None:
             files["_curves.png"] = figures.draw_curves(job.path.stem, labelled, entry)
         if entry["by_condition"]:
@@ -263,11 +264,18 @@ def report_job(
         report.print_recordings(recordings)
     if len(rows):
         files["_report.html"] = report.write_page(job.name, entry or checked, recordings, files, origin).encode()
-    for what, content in files.items():
-        if content is not None:
-            write_file(job.name_output(what), content)
-    name_old_outputs(job, files)
+    written = [what for what, content in files.items() if content and runtime.try_write(job.name_output(what), content)]
+    name_old_outputs(job, written)
     return entry
+
+
+def try_draw(job: Job, what: str, draw: Callable[..., Optional[bytes]], *arguments: object) -> Optional[bytes]:
+    """Draw a picture; None, and named, where one of its images is gone or was changed since it was judged."""
+    try:
+        return draw(*arguments)
+    except ValueError as error:
+        runtime.leave_out(f"{job.name_output(what).name}: {error}")
+        return None
 
 
 def name_old_outputs(job: Job, written: Container[str]) -> None:
@@ -280,10 +288,11 @@ def name_old_outputs(job: Job, written: Container[str]) -> None:
 # ---- Main
 
 
-def describe_origin(model_path: Path, compute: Compute) -> dict:
-    """Describe where results come from: checksum of the model, versions, device, time."""
+def describe_origin(name: str, model: Detector, compute: Compute) -> dict:
+    """Describe where results come from: name and checksum of the model, versions, device, time."""
     return {
-        "model_sha256": hashlib.sha256(model_path.read_bytes()).hexdigest(),
+        "model": name,
+        "model_sha256": model.sha256,
         "versions": runtime.list_versions(),
         "device": str(compute.device),
         "precision": str(compute.dtype).removeprefix("torch."),
@@ -294,25 +303,54 @@ def describe_origin(model_path: Path, compute: Compute) -> dict:
 def write_summary(path: Path, summary: list[dict]) -> None:
     """Write the entries of all labelled CSVs; where there is none, name the summary of an earlier run."""
     if summary:
-        write_file(path, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
-        print(f"Summary written to {path}")
+        if runtime.try_write(path, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode()):
+            print(f"Summary written to {path}")
     elif path.exists():
         print(f"Left from an earlier run, not of this one: {path.name}")
 
 
+def write_back(jobs: list[Job], scores: dict[str, Score], encoding: str) -> dict[Path, tuple[Path, bytes]]:
+    """Write the verdicts into all CSVs, and name each row without one and each CSV that could not be written.
+
+    Returns:
+        {path of the CSV: the file that was written, and its content}.
+
+    Raises:
+        ValueError: none could be written.
+    """
+    llr, written, reasons = {path: score.llr for path, score in scores.items() if not score.reason}, {}, []
+    for folder in {job.path.parent for job in jobs}:
+        runtime.remove_leftovers(folder)
+    for job in jobs:
+        try:
+            written[job.path] = write_predictions(job, llr, encoding)
+        except OSError as error:
+            reasons.append(str(error))
+            continue
+        for number, path in job.images.items():
+            if path not in llr:
+                print(f"no verdict: {job.name}, row {number}: {path}: {scores[path].reason}", file=sys.stderr)
+    if not written:
+        raise ValueError("; ".join(reasons))
+    for reason in reasons:
+        runtime.leave_out(reason)
+    return written
+
+
 def main() -> int:
-    """Judge every CSV. Returns the exit status: 0, or 1 if a row or a CSV had to be left out."""
+    """Judge every CSV. Returns the exit status: 0, or 1 if a row, a CSV or an output had to be left out."""
     here = Path(__file__).resolve().parent
-    settings = {name: globals()[name] for name in RULES}
-    runtime.check_settings(settings, RULES)
+    settings = runtime.check_settings({name: globals()[name] for name in RULES}, RULES)
     team = runtime.join_team()
-    base = Path(os.path.normpath(here / IMG_BASE_PATH))
-    jobs, broken = read_jobs(here, CSV_FILES, base, CSV_ENCODING) if team.rank == 0 else ([], 0)
-    model = load_detector(here / MODEL_PATH)
+    base, encoding = Path(os.path.normpath(here / settings["IMG_BASE_PATH"])), settings["CSV_ENCODING"]
+    jobs, broken = read_jobs(here, settings["CSV_FILES"], base, encoding) if team.rank == 0 else ([], 0)
+    model = load_detector(here / settings["MODEL_PATH"])
+    if len(set(team.gather(model.sha256))) > 1:
+        raise ValueError(f"{MODEL_PATH} was changed while the processes loaded it: start again")
     start = model.facts.get("initial_weights", "?")
     print(f"Model: {MODEL_PATH}, epoch {model.facts.get('epoch', '?')}, started from {start}")
     runtime.keep_freed_memory()
-    compute = runtime.choose_compute(PRECISION)
+    compute = runtime.choose_compute(settings["PRECISION"])
     for job in jobs:
         counts = Counter((job.labels or {}).values())
         labels = ", ".join(f"{counts[name]:,} {name}" for name in REPORT_ORDER) if counts else "none"
@@ -323,24 +361,17 @@ def main() -> int:
     team.leave()
     if team.rank:
         return 0
-    origin = {"model": str(MODEL_PATH), **describe_origin(here / MODEL_PATH, compute)}
-    llr, summary, left_out, written = {path: score.llr for path, score in scores.items() if not score.reason}, [], 0, []
-    for folder in {job.path.parent for job in jobs}:
-        runtime.remove_leftovers(folder)
-    for job in jobs:
-        path, content = write_predictions(job, llr, CSV_ENCODING)
-        written.append(path)
-        bad = [(number, path) for number, path in job.images.items() if path not in llr]
-        for number, path in bad:
-            print(f"no verdict: {job.name}, row {number}: {path}: {scores[path].reason}", file=sys.stderr)
+    written, summary, left_out = write_back(jobs, scores, encoding), [], 0
+    origin = describe_origin(str(MODEL_PATH), model, compute)
+    for job in (job for job in jobs if job.path in written):
+        origin["csv_sha256"] = hashlib.sha256(written[job.path][1]).hexdigest()
+        entry = report_job(job, scores, model, settings["REPORT_BY"], origin)
+        bad = [{"row": n, "reason": scores[path].reason} for n, path in job.images.items() if scores[path].reason]
         left_out += len(bad)
-        csv_hash = hashlib.sha256(content).hexdigest()
-        entry = report_job(job, scores, model, REPORT_BY, {**origin, "csv_sha256": csv_hash})
         if entry is not None:
-            unreadable_rows = [{"row": number, "reason": scores[path].reason} for number, path in bad]
-            summary.append({**entry, "unreadable_rows": unreadable_rows, "csv_sha256": csv_hash, **origin})
-    print("Predictions written into " + ", ".join(map(str, written)))
-    broken += sum(path != job.path for path, job in zip(written, jobs))
+            summary.append({**entry, "unreadable_rows": bad, **origin})
+    print("Predictions written into " + ", ".join(str(path) for path, _ in written.values()))
+    broken += sum(job.path != written.get(job.path, [None])[0] for job in jobs)
     write_summary(jobs[0].path.with_name("aggregate_test_reports.json"), summary)
     if left_out or broken:
         print(f"Left out: {left_out} rows without a verdict, {broken} CSVs left as they were", file=sys.stderr)
@@ -349,4 +380,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     advice = "CSVs not yet written are as they were; run it again to judge them"
-    sys.exit(runtime.run_script(main, __doc__, advice))
+    sys.exit(script.run_script(main, __doc__, advice, "CSV_FILES"))

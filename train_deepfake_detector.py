@@ -24,6 +24,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
@@ -34,7 +35,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from models import dataset, detector, figures, gradients, runtime
+from models import dataset, detector, figures, gradients, runtime, script
 from models.checks import check_shortcuts, check_start
 from models.dataset import Chosen, Data
 from models.detector import CLASSES
@@ -85,7 +86,7 @@ RULES = {
     "IMAGE_SIZE": runtime.whole_number(32),
     "VAL_FRACTION": runtime.number(0.001, 0.999),
     "MAX_UNREADABLE": runtime.number(0, 1),
-    "PRETRAINED": runtime.or_none(runtime.Rule(runtime.PATH.is_met, "'IMAGENET1K_V1' or a path")),
+    "PRETRAINED": runtime.or_none(runtime.PATH._replace(allowed="'IMAGENET1K_V1' or a path")),
     "EPOCHS": runtime.whole_number(1),
     "EPOCH_IMAGES": runtime.whole_number(2),
     "TIME_CROP": runtime.number(0.01, 1),
@@ -216,17 +217,21 @@ class Run:
         return min(self.history, key=lambda row: row["val_loss"], default=None)
 
     def save_epoch(self, conditions: dict) -> None:
-        """Save the last epoch: its checkpoint, if it is the best so far; the history; the state to resume from."""
+        """Save the last epoch: its checkpoint, if it is the best so far; the state to resume from; the history."""
         if len(self.history) == 1:
             set_aside_previous(self.outputs)
         if self.best is self.history[-1]:
             self.save_checkpoint(self.outputs.best)
-        rows = [list(self.history[0]), *(row.values() for row in self.history)]
-        write_file(self.outputs.history, format_csv(rows, newline="\r\n"))
         learning = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule", "scaler")}
         about = {"history": self.history, "last": self.last, "conditions": conditions}
         about |= {"start": self.start._replace(weights=None)._asdict(), "precision": str(self.compute.dtype)}
         save(self.outputs.state, {**learning, **about})
+        with suppress(OSError):  # the state holds it too; what is still missing in the end is named
+            write_file(self.outputs.history, self.format_history())
+
+    def format_history(self) -> bytes:
+        """Write the history as CSV."""
+        return format_csv([list(self.history[0]), *(row.values() for row in self.history)], newline="\r\n")
 
     def save_checkpoint(self, path: Path) -> None:
         """Save the weights and every fact that scoring an image needs; plain types and tensors only."""
@@ -248,10 +253,14 @@ class Run:
         print(f"Resuming after epoch {len(self.history)} (RESUME = False starts over)")
 
     def finish(self) -> None:
-        """Save the final checkpoint and the learning curves; delete the state."""
+        """Save the final checkpoint, the history and the learning curves; where all could be, delete the state."""
         self.save_checkpoint(self.outputs.final)
-        write_file(self.outputs.curves, figures.draw_learning_curves(self.history, self.best["epoch"]))
-        self.outputs.state.unlink(missing_ok=True)
+        curves = figures.draw_learning_curves(self.history, self.best["epoch"])
+        pairs = ((self.outputs.history, self.format_history()), (self.outputs.curves, curves))
+        if [path for path, content in pairs if not runtime.try_write(path, content)]:
+            print("Run it again to write what is missing; nothing is trained again", file=sys.stderr)
+        else:
+            delete_state(self.outputs.state)
 
 
 def save(path: Path, content: dict) -> None:
@@ -265,9 +274,23 @@ def set_aside_previous(outputs: Outputs) -> None:
     """Rename the files of the run before to previous_*, unless that would replace a finished run by an unfinished."""
     if outputs.final.exists() or not outputs.final.with_name("previous_" + outputs.final.name).exists():
         for path in filter(Path.exists, (outputs.best, outputs.final, outputs.history, outputs.curves)):
-            os.replace(path, path.with_name("previous_" + path.name))
-            print(f"Kept from the previous run: previous_{path.name}")
-    outputs.state.unlink(missing_ok=True)
+            try:
+                runtime.replace_file(path, path.with_name("previous_" + path.name))
+                print(f"Kept from the previous run: previous_{path.name}")
+            except OSError as error:
+                what = f"{path} cannot be renamed to previous_{path.name}: {error.strerror}"
+                if path in (outputs.best, outputs.final):
+                    raise ValueError(what) from None
+                runtime.leave_out(what)
+    delete_state(outputs.state)
+
+
+def delete_state(path: Path) -> None:
+    """Delete the state of a run that is over."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        runtime.leave_out(f"{path} cannot be deleted: {error.strerror}")
 
 
 def prepare_outputs(best: Path, final: Path) -> Outputs:
@@ -509,26 +532,36 @@ def collect_facts(chosen: Chosen, data: Data, shortcuts: Optional[dict], start: 
 
 
 def main() -> int:
-    """Train on the images below DATA_DIR. Returns the exit status: 0, or 1 if an image or folder was left out."""
+    """Train on the images below DATA_DIR. Returns the exit status: 0, or 1 if something was left out."""
     here = Path(__file__).resolve().parent
-    settings = {name: globals()[name] for name in RULES}
-    runtime.check_settings(settings, RULES)
-    settings["HOLDOUT_CSVS"] = [str(path) for path in HOLDOUT_CSVS]
+    settings = runtime.check_settings({name: globals()[name] for name in RULES}, RULES)
+    settings["HOLDOUT_CSVS"] = [str(path) for path in settings["HOLDOUT_CSVS"]]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    data_dir = Path(os.path.normpath(here / DATA_DIR))
-    outputs = prepare_outputs(here / BEST_MODEL_PATH, here / FINAL_MODEL_PATH)
-    runtime.keep_freed_memory()
     team = runtime.join_team()
+    outputs = prepare_outputs(here / settings["BEST_MODEL_PATH"], here / settings["FINAL_MODEL_PATH"])
+    with ExitStack() as locks:
+        for folder in sorted({outputs.best.parent, outputs.final.parent}) if team.rank == 0 else ():
+            locks.enter_context(script.lock_folder(folder))
+        return train(here, settings, outputs, team)
+
+
+def train(here: Path, settings: dict, outputs: Outputs, team: Team) -> int:
+    """Train a detector; paths start at `here`. Returns the exit status."""
+    data_dir = Path(os.path.normpath(here / settings["DATA_DIR"]))
+    runtime.keep_freed_memory()
     if settings["BATCH_SIZE"] < 2 * team.size:
         raise ValueError(f"BATCH_SIZE = {BATCH_SIZE} (allowed: at least 2 for each of {team.size} processes)")
-    compute = runtime.choose_compute(PRECISION)
+    compute = runtime.choose_compute(settings["PRECISION"])
 
-    listed = dataset.list_holdout([here / path for path in HOLDOUT_CSVS], data_dir, CSV_ENCODING)
+    listed = dataset.list_holdout(
+        [here / path for path in settings["HOLDOUT_CSVS"]], data_dir, settings["CSV_ENCODING"]
+    )
     folder = dataset.find_images(data_dir)
-    folder.cache = PixelCache(here / CACHE_DIR, IMAGE_SIZE, CACHE_GB * 1e9)
-    state = team.share(load_state(outputs.state) if RESUME and team.rank == 0 else None)
-    start = Start(**state["start"]) if state else team.share(choose_start(PRETRAINED, here) if team.rank == 0 else None)
-    torch.manual_seed(SEED)
+    folder.cache = PixelCache(here / settings["CACHE_DIR"], settings["IMAGE_SIZE"], settings["CACHE_GB"] * 1e9)
+    state = team.share(load_state(outputs.state) if settings["RESUME"] and team.rank == 0 else None)
+    chosen_start = choose_start(settings["PRETRAINED"], here) if team.rank == 0 and not state else None
+    start = Start(**state["start"]) if state else team.share(chosen_start)
+    torch.manual_seed(settings["SEED"])
     model = start_model(start)
 
     chosen = dataset.choose_images(folder, listed, settings, team)
@@ -536,29 +569,29 @@ def main() -> int:
     data = dataset.split_images(folder, chosen, settings)
     if start.facts and team.rank == 0:
         held = [folder.cache.entries[path].fingerprint for path in listed if path in folder.cache.entries]
-        recordings = {name_recording(path, folder.root, RECORDING_PATTERN) for path in listed}
-        check_start(start.facts, held, recordings, chosen.paths)
+        recordings = {name_recording(path, folder.root, settings["RECORDING_PATTERN"]) for path in listed}
+        check_start(start.facts, held, recordings, dict(zip(chosen.paths, chosen.fingerprints)))
     conditions = describe_conditions(chosen, data, settings)
     if state:
         compare_conditions(state["conditions"], conditions)
     loaders = build_loaders(data, compute, settings, team)
-    settings["LEARNING_RATE"] = LEARNING_RATE or start.learning_rate
-    print(f"Start: {start.words}; learning rate {settings['LEARNING_RATE']:g}, at most {EPOCHS} epochs")
+    settings["LEARNING_RATE"] = settings["LEARNING_RATE"] or start.learning_rate
+    print(f"Start: {start.words}; learning rate {settings['LEARNING_RATE']:g}, at most {settings['EPOCHS']} epochs")
     facts = collect_facts(chosen, data, shortcuts, start, settings)
-    run = Run(model, len(loaders[0]) * EPOCHS, compute, outputs, facts, start)
+    run = Run(model, len(loaders[0]) * settings["EPOCHS"], compute, outputs, facts, start)
     if state:
         run.restore(state)
     fit(run, loaders, data.val_recordings, conditions, team)
     if team.rank == 0:
         run.finish()
     team.leave()
-    if start.words.startswith("random") and PRETRAINED is not None:
+    if start.words.startswith("random") and settings["PRETRAINED"] is not None:
         print(f"WARNING: this model started from random weights: {start.words}")
     print(f"Best epoch {run.best['epoch']}: validation loss {run.best['val_loss']:.4f}, AUC {run.best['val_auc']:.4f}")
-    print(f"Best checkpoint   {BEST_MODEL_PATH}\nFinal checkpoint  {FINAL_MODEL_PATH}")
+    print(f"Best checkpoint   {settings['BEST_MODEL_PATH']}\nFinal checkpoint  {settings['FINAL_MODEL_PATH']}")
     print("Beside it         history.csv, learning_curves.png")
     return 1 if chosen.unreadable or folder.problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run_script(main, __doc__, "run it again to resume after the last finished epoch (RESUME = True)"))
+    sys.exit(script.run_script(main, __doc__, "run it again to resume after the last finished epoch (RESUME = True)"))

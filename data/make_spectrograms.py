@@ -27,7 +27,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+HERE = Path(globals().get("__file__", "data/make_spectrograms.py")).resolve().parent  # none where it was pasted
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # before other packages called models
 from copies import (  # noqa: E402
     Image,
     Picture,
@@ -44,7 +45,7 @@ from pictures import Format  # noqa: E402
 from recordings import AUDIO_SUFFIXES, FOREIGN_SUFFIXES, has_soundfile, is_audio  # noqa: E402
 from resynthesis import RESYNTHESES  # noqa: E402
 
-from models import runtime  # noqa: E402
+from models import runtime, script  # noqa: E402
 from models.runtime import Rule  # noqa: E402
 from models.tables import find_used, merge_list, read_list  # noqa: E402
 
@@ -80,6 +81,8 @@ def are_conditions(value: tuple, first: tuple[str, ...]) -> bool:
 
 
 RULES = {
+    "AUDIO_DIR": runtime.PATH,
+    "BABBLE_DIR": runtime.or_none(runtime.PATH),
     "CONDITIONS": Rule(
         lambda value: value and are_conditions(value, ("clean", *LAUNDERING)),
         f"some of clean, {', '.join([*LAUNDERING, *RESYNTHESES])}, or several joined by +",
@@ -204,19 +207,19 @@ def make_missing(pictures: list[Picture], finished: set[Path], recipe: Recipe, s
 
 def main() -> int:
     """Make the images that are missing. Returns the exit status: 0, or 1 if something was left out."""
-    data_dir = Path(__file__).resolve().parent
-    settings = {name: globals()[name] for name in RULES}
-    runtime.check_settings(settings, RULES)
-    settings = json.loads(json.dumps(settings))  # as the images give them back
+    data_dir = HERE
+    settings = runtime.check_settings({name: globals()[name] for name in RULES}, RULES)
+    settings = json.loads(json.dumps(settings, default=str))  # as the images give them back
     form, laundering = (kind(*(settings[name.upper()] for name in kind._fields)) for kind in (Format, Laundering))
-    audio_dir, share = Path(os.path.normpath(data_dir / AUDIO_DIR)), find_share(data_dir)
+    audio_dir, share = Path(os.path.normpath(data_dir / settings["AUDIO_DIR"])), find_share(data_dir)
     if share.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     recordings, found_problems, ignored = find_all(audio_dir)
     conditions, lacking = choose_conditions(settings)
     pictures = plan_pictures(recordings, conditions, data_dir)
     possible = [picture for picture in pictures if picture.condition not in lacking]
-    babble = [r.path for r in find_recordings(data_dir / BABBLE_DIR, "babble")[0]] if BABBLE_DIR else []
+    babble_dir = settings["BABBLE_DIR"]
+    babble = [r.path for r in find_recordings(data_dir / babble_dir, "babble")[0]] if babble_dir else []
     root = Path(os.path.relpath(audio_dir, data_dir)).as_posix()
     recipe = Recipe(form, laundering, babble, root)
     existing = find_existing(data_dir, pictures, recipe.list_settings)
@@ -299,4 +302,4 @@ def write_lists(pictures: list[Picture], images: dict[Path, list[Image]], data_d
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run_script(main, __doc__, "run it again to make the rest"))
+    sys.exit(script.run_script(main, __doc__, "run it again to make the rest", "AUDIO_DIR"))

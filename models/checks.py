@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from models.detector import CLASSES, Score
-from models.images import compare_rendering, read_image, take_fingerprint
+from models.images import compare_rendering, read_again, take_fingerprint
 from models.metrics import format_rate, measure_table
 from models.pixel_cache import LOOKS
+from models.runtime import leave_out
 
 if TYPE_CHECKING:
     import pandas
@@ -39,21 +40,28 @@ def check_seen(table: pandas.DataFrame, facts: dict, scores: dict[str, Score]) -
     }
 
 
-def check_format(paths: list[str], facts: dict) -> tuple[Optional[dict], set[str]]:
-    """Check, on a sample of readable images, whether they were rendered as the training images were.
+def check_format(images: dict[str, int], facts: dict) -> tuple[Optional[dict], set[str]]:
+    """Check, on a sample of images, whether they were rendered as the training images were.
+
+    Args:
+        images: {path: fingerprint of the pixels}; those that are gone or were changed since are named and left out.
 
     Returns:
         The fraction that lies further from the training images than 99 % of the validation images do, how far their
         mean does, what differs most, in standard deviations, and a warning or ""; None where the checkpoint does not
-        say how the training images were rendered. The images that lie further.
+        say how the training images were rendered, {} where all images are gone. The images that lie further.
     """
-    chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(FORMAT_SAMPLE, len(paths))).astype(int)]
-    found = None
-    if chosen and "appearance" in facts:
-        pixels = torch.stack([read_image(path, facts["image_size"]) for path in chosen])
-        found = compare_rendering(pixels, facts["appearance"])
+    paths, chosen, gone = list(images) if "appearance" in facts else [], {}, []
+    for i in np.linspace(0, len(paths) - 1, min(FORMAT_SAMPLE, len(paths))).astype(int):
+        try:
+            chosen[paths[i]] = read_again(paths[i], facts["image_size"], images[paths[i]])
+        except ValueError as error:
+            gone.append(str(error))
+    if gone:
+        leave_out(f"{len(gone)} of {len(gone) + len(chosen)} images of the format check, the first: {gone[0]}")
+    found = compare_rendering(torch.stack([*chosen.values()]), facts["appearance"]) if chosen else None
     if found is None:
-        return None, set()
+        return {} if gone else None, set()
     fraction = float((found.distances > 1).mean())
     few = len(chosen) < 5  # one in a hundred lies beyond by chance: few images have to lie far beyond
     is_unlike = np.median(found.distances) > UNLIKE_FEW if few else fraction > UNLIKE_FRACTION
@@ -71,13 +79,13 @@ def check_format(paths: list[str], facts: dict) -> tuple[Optional[dict], set[str
     return entry, {path for path, distance in zip(chosen, found.distances) if distance > limit and warning}
 
 
-def check_start(facts: dict, images: Iterable[int], recordings: Iterable[str], paths: list[str]) -> None:
+def check_start(facts: dict, images: Iterable[int], recordings: Iterable[str], training: dict[str, int]) -> None:
     """Warn where the checkpoint that training starts from has seen what is held out, or was trained on other images.
 
     Args:
         facts: of that checkpoint.
         images, recordings: what is held out: fingerprints of pixels, names.
-        paths: the training images.
+        training: the training images: {path: fingerprint of the pixels}.
     """
     held = {"seen_images": {*images}, "seen_recordings": {take_fingerprint(name.encode()) for name in recordings}}
     if any(counts := [len(held[name] & {*facts[name].tolist()}) if name in facts else 0 for name in held]):
@@ -85,7 +93,7 @@ def check_start(facts: dict, images: Iterable[int], recordings: Iterable[str], p
             f"WARNING: PRETRAINED has seen {counts[0]:,} of the held-out images and {counts[1]:,} of their recordings: "
             "a test on them will be too good"
         )
-    look, _ = check_format(paths, facts)
+    look, _ = check_format(training, facts)
     if look and look["warning"]:
         print(
             f"Note: {look['share_unlike']:.0%} of the training images were rendered unlike those of PRETRAINED: "
@@ -163,6 +171,8 @@ def format_checks(entry: dict) -> list[str]:
         fraction = f"{entry['format']['share_unlike']:.0%} of {entry['format']['images']:,} images"
         lines.append(f"Format check: {fraction} were rendered unlike the training images (1 % of validation's are)")
         lines += [entry["format"]["warning"]] * bool(entry["format"]["warning"])
+    elif entry["format"] is not None:
+        lines.append("Format check: not done, since the images are gone")
     if entry["shortcuts"]:
         values = ", ".join(f"{name} {auc:.2f}" for name, auc in entry["shortcuts"].items())
         lines.append(f"Shortcut check, AUC by which each predicts the class in training: {values}")

@@ -285,8 +285,15 @@ def report_names(paths: list[str], recordings: list[str], fingerprints: list[int
             f'recording each; RECORDING_PATTERN = r"{FOLDER_PATTERN}" takes the folder in'
         )
     if repeated := len(paths) - len(set(fingerprints)):
-        in_both = len(set(zip(fingerprints, labels.tolist()))) - len(set(fingerprints))
-        print(f"Identical images: {repeated:,} repeat another and stay on its side; {in_both:,} are in both classes")
+        print(f"Identical images: {repeated:,} repeat another and stay on its side")
+    images = dict(zip(zip(fingerprints, labels.tolist()), paths))  # one for each pixels and class
+    pairs = [f"{images[pixels, 0]} = {path}" for (pixels, i), path in images.items() if i and (pixels, 0) in images]
+    if pairs:
+        more = f"; and {len(pairs) - 3:,} more" if len(pairs) > 3 else ""
+        print(
+            f"WARNING: {len(pairs):,} images are in both classes; delete the wrong one of each: {'; '.join(pairs[:3])}"
+            f"{more}"
+        )
 
 
 def choose_images(folder: SpectrogramFolder, listed: list[str], settings: dict, team: Team) -> Chosen:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ class Detector(NamedTuple):
 
     model: ResNet
     facts: dict
+    sha256: str = ""  # of the file as it was loaded
 
 
 class Score(NamedTuple):
@@ -54,15 +56,16 @@ class Score(NamedTuple):
     llr: float  # calibrated log-likelihood ratio, higher = more bona fide
     fingerprint: int  # of its pixels
     reason: str  # why it has no verdict; "": it has one
+    span: Optional[tuple[float, float]] = None  # from when to when, in s, it shows its recording; None: unknown
 
 
-def load_content(path: Path) -> dict:
+def load_content(path: Path, content: Optional[bytes] = None) -> dict:
     """Load what torch.save wrote: weights and plain types only, without running code that a file may hold.
 
     torch checks no checksums, so that a flipped bit would pass as a weight: the zip's own are checked here.
     """
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if content is None else content
         archive = zipfile.ZipFile(io.BytesIO(content)) if content.startswith(b"PK") else None
         if content.lstrip().startswith(b"<"):
             raise ValueError("it is a web page")
@@ -117,7 +120,8 @@ def load_detector(path: Path) -> Detector:
         shipped = 'MODEL_PATH = Path("models/speech_resnet18.pth")'
         raise ValueError(f"MODEL_PATH: file not found: {path} (train first, or judge with the shipped one: {shipped})")
     try:
-        facts = load_content(path)
+        content = path.read_bytes()
+        facts = load_content(path, content)
         if "format" not in facts:
             print(
                 f"Warning: {path.name} holds weights only; assumed: classes {', '.join(CLASSES)}, image size "
@@ -129,7 +133,8 @@ def load_detector(path: Path) -> Detector:
         missing = [name for name in BARE_FACTS if name not in facts]
         if missing or sorted(facts["classes"]) != sorted(CLASSES):
             raise ValueError(f"{path} lacks {', '.join(missing) or 'the classes ' + str(CLASSES)}")
-        return Detector(build_model(find_weights(facts, path), path), facts)
+        model = build_model(find_weights(facts, path), path)
+        return Detector(model, facts, hashlib.sha256(content).hexdigest())
     except ValueError as error:
         raise ValueError(f"MODEL_PATH: {error}") from None
 

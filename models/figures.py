@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
-from models.detector import Detector, decide, to_scores
-from models.images import read_image, read_span, to_input
+from models.detector import Detector, Score, decide, to_scores
+from models.images import read_again, to_input
 from models.metrics import FEW_ROWS, REPORT_ORDER
 
 if TYPE_CHECKING:
@@ -153,7 +152,7 @@ def map_activations(detector: Detector, pixels: torch.Tensor) -> torch.Tensor:
     Returns:
         float32, shape (size, size), 0 to 1.
     """
-    model, facts, kept = *detector, []
+    model, facts, kept = detector.model, detector.facts, []
     hook = model.layer4.register_forward_hook(lambda *results: kept.append(results[-1]))
     decided = model(to_input(pixels[None].float(), facts["mean"], facts["std"], 255)).argmax()
     hook.remove()
@@ -162,8 +161,12 @@ def map_activations(detector: Detector, pixels: torch.Tensor) -> torch.Tensor:
     return evidence / evidence.max().clamp_min(1e-9)
 
 
-def draw_mistakes(table: pandas.DataFrame, detector: Detector) -> bytes:
-    """Draw the most confident mistakes of each kind above the most confident right verdicts, with activation maps."""
+def draw_mistakes(table: pandas.DataFrame, scores: dict[str, Score], detector: Detector) -> bytes:
+    """Draw the most confident mistakes of each kind above the most confident right verdicts, with activation maps.
+
+    Raises:
+        ValueError: an image is gone, or was changed since it was judged.
+    """
     wrong = decide(table["llr"].to_numpy(float)) != table["is_fake"].to_numpy(bool)
     figure, all_axes = start_figure(12, 13, 4, 4)
     kinds = [(is_wrong, label) for is_wrong in (True, False) for label in REPORT_ORDER]
@@ -171,39 +174,45 @@ def draw_mistakes(table: pandas.DataFrame, detector: Detector) -> bytes:
         group = table[(wrong == is_wrong) & (table["label"] == label)]
         group = group.reindex(group["llr"].abs().sort_values(ascending=False).index)
         row[0].set_ylabel(f"{label}\n" + (f"taken for {REPORT_ORDER[label == 'Original']}" if is_wrong else "correct"))
-        for axes, image in zip_longest(row, zip(group["path"][:4], group["llr"][:4])):
+        for axes, image in zip_longest(row, group["path"][:4]):
             axes.set(xticks=[], yticks=[])
             if image is None:
                 axes.set_title("none", fontsize=8)
             else:
-                draw_evidence(axes, *image, detector)
+                draw_evidence(axes, image, scores[image], detector)
     figure.suptitle(
         f"The most confident verdicts; outlined: where the evidence for the verdict is strongest\n{COLOURS_MEAN}"
     )
     return finish_figure(figure)
 
 
-def draw_evidence(axes: object, path: str, llr: float, detector: Detector) -> None:
+def draw_evidence(axes: object, path: str, score: Score, detector: Detector) -> None:
     """Draw an image, with an outline of where the evidence for the verdict is."""
-    pixels = read_image(path, detector.facts["image_size"])
+    pixels = read_again(path, detector.facts["image_size"], score.fingerprint)
     axes.imshow(pixels.permute(1, 2, 0).numpy(), aspect="auto")
     evidence = map_activations(detector, pixels).numpy()
     for colour, width in (("black", 2.5), ("white", 1)):  # seen on any colours
         axes.contour(evidence, levels=[0.5], colors=colour, linewidths=width)
     name = os.path.splitext(os.path.basename(path))[0]
-    axes.set_title(f"score {to_scores(np.array(llr)).item():.3f}\n{shorten(name, 36)}", fontsize=8)
+    axes.set_title(f"score {to_scores(np.array(score.llr)).item():.3f}\n{shorten(name, 36)}", fontsize=8)
 
 
-def draw_timelines(recordings: pandas.DataFrame, llr: dict[str, float]) -> Optional[bytes]:
+def draw_timelines(recordings: pandas.DataFrame, scores: dict[str, Score], size: int) -> Optional[bytes]:
     """Draw for each of the first recordings the score of its parts along time over its spectrogram.
+
+    Args:
+        size: pixels, of the images as they were judged.
 
     Returns:
         None where no image says when it begins.
+
+    Raises:
+        ValueError: an image is gone, or was changed since it was judged.
     """
     chosen = [
         (name, spans, paths)
         for name, paths in zip(recordings["recording"], recordings["paths"])
-        if None not in (spans := [read_span(path) for path in paths])
+        if None not in (spans := [scores[path].span for path in paths])
     ][:MOST_TIMELINES]
     if not chosen:
         return None
@@ -213,11 +222,10 @@ def draw_timelines(recordings: pandas.DataFrame, llr: dict[str, float]) -> Optio
         for number, (path, (start_s, stop_s)) in enumerate(sorted(zip(paths, spans), key=lambda pair: pair[1])):
             following = ends[number + 1][0] if number + 1 < len(ends) else stop_s
             shown = min(stop_s, max(following, start_s + 0.01))  # up to where the next part begins
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
+            pixels = read_again(path, size, scores[path].fingerprint).permute(1, 2, 0).numpy()
             pixels = pixels[:, : max(1, round(pixels.shape[1] * (shown - start_s) / (stop_s - start_s)))]
             axes.imshow(pixels, extent=(start_s, shown, 0, 1), aspect="auto", alpha=0.75)
-            score = to_scores(np.array(llr[path])).item()
+            score = to_scores(np.array(scores[path].llr)).item()
             colour = COLOURS["Deepfake" if score >= 0.5 else "Original"]
             for line_colour, width in (("black", 7), ("white", 5.5), (colour, 3.5)):
                 axes.plot([start_s, shown], [score, score], color=line_colour, linewidth=width)

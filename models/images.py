@@ -57,6 +57,17 @@ def read_image(path: str, size: int) -> torch.Tensor:
     return pixels[:3].contiguous()
 
 
+def read_again(path: str, size: int, fingerprint: int) -> torch.Tensor:
+    """Read an image that this run has read before; ValueError names it if it is gone, unreadable, or was changed."""
+    try:
+        pixels = read_image(path, size)
+    except Exception as error:
+        raise ValueError(f"{path} can no longer be read: {error}".splitlines()[0]) from None
+    if take_fingerprint(pixels.numpy()) != fingerprint:
+        raise ValueError(f"{path} was changed during the run: start again")
+    return pixels
+
+
 def read_span(path: str) -> Optional[tuple[float, float]]:
     """Read from when to when, in s, an image shows its recording; None: it does not say."""
     try:
@@ -67,9 +78,8 @@ def read_span(path: str) -> Optional[tuple[float, float]]:
         return None
 
 
-def count_seconds(paths: list[str]) -> Optional[float]:
-    """Count the seconds of a recording that its images show; None where the images do not say."""
-    spans = [read_span(path) for path in paths]
+def count_seconds(spans: list[Optional[tuple[float, float]]]) -> Optional[float]:
+    """Count the seconds of a recording that its images show, by what `read_span` gave; None where one does not say."""
     if None in spans:
         return None
     total, end = 0.0, 0.0

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.images import read_image, take_fingerprint, to_brightness
+from models.images import read_again, read_image, take_fingerprint, to_brightness
 
 CACHE_FORMAT = 3  # changes when read_image comes to give other pixels
 DISK_RESERVE = 1e9  # bytes of the disk that the cache leaves free, for checkpoints
@@ -124,7 +124,7 @@ class PixelCache:
             if entry is None:
                 self.reasons[path] = reason
                 continue
-            if number < room and not self.limit:
+            if key is not None and number < room and not self.limit:
                 try:
                     offset = append(self.pixel_file, pixels)
                     looks = " ".join(map(repr, entry.looks))
@@ -139,7 +139,7 @@ class PixelCache:
         """Return an image's pixels: uint8, shape (3, size, size).
 
         Raises:
-            ValueError: the image file was changed since it was first read; others as `read_image` does.
+            ValueError: the image file is gone, or was changed since it was first read.
         """
         entry = self.entries[path]
         if entry.offset is not None:
@@ -147,10 +147,7 @@ class PixelCache:
                 pixels = np.fromfile(self.pixel_file, np.uint8, self.bytes_per_image, offset=entry.offset)
                 if take_fingerprint(pixels) == entry.fingerprint:
                     return torch.from_numpy(pixels).view(3, self.size, self.size)
-        pixels = read_image(path, self.size)
-        if take_fingerprint(pixels.numpy()) != entry.fingerprint:
-            raise ValueError(f"{path} was changed during the run: start again")
-        return pixels
+        return read_again(path, self.size, entry.fingerprint)
 
 
 def append(path: Path, content: bytes) -> int:

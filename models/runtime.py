@@ -1,26 +1,23 @@
-"""How a script runs: device and precision, processes of torchrun, whole-file writes, settings, exit status.
+"""How a script runs: device and precision, processes of torchrun, whole-file writes, what is left out, settings.
 
 torch is imported where it is needed, so that a script without it starts at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import datetime
+import errno
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
-import traceback
 import uuid
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, NamedTuple, NoReturn, Optional
+from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +26,11 @@ MACHINE_FOLDERS = (  # of network drives, recycle bins and archives, in lower ca
     *("@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found", "__macosx"),
 )
 LEFTOVER_AGE_S = 24 * 3600  # temporary files older than this belong to runs that were killed
+RENAME_WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.5)  # before each further try to replace a file that a program holds open
+UNSUPPORTED = (  # what buckets and network shares answer to fsync; other errors mean that the data is not on the disk
+    *(errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP),
+)
+left_out: list[str] = []  # what `leave_out` has named in this run
 
 
 # ---- Device
@@ -219,19 +221,59 @@ def find_files(root: Path) -> tuple[list[str], list[str]]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole: after a crash at any moment the old content or the new one is there."""
-    path = Path(os.path.realpath(path))  # a symbolic link stays one
-    temporary = path.with_name(f".writing-{uuid.uuid4().hex}.tmp")
+    """Write a file whole: after a crash at any moment the old content or the new one is there.
+
+    Where a bucket or a share refuses fsync or chmod, it does without.
+
+    Raises:
+        OSError: it cannot be written; the text says which file, and why.
+    """
+    target = Path(os.path.realpath(path))  # a symbolic link stays one
+    temporary = target.with_name(f".writing-{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+        with suppress(OSError):
+            shutil.copymode(target, temporary)
+        replace_file(temporary, target)
+    except OSError as error:
+        hint = " (is it open in another program?)" if isinstance(error, PermissionError) else ""
+        raise OSError(f"{path} cannot be written: {error.strerror or error}{hint}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Rename a file, also onto another. What refuses it, such as a virus scanner, is given some seconds to end."""
+    for wait_s in RENAME_WAITS_S:
+        with suppress(OSError):
+            os.replace(source, target)
+            return
+        time.sleep(wait_s)
+    os.replace(source, target)
+
+
+def try_write(path: Path, content: bytes) -> bool:
+    """Write a file that the run can do without: where that fails, it is named as left out."""
+    try:
+        write_file(path, content)
+        return True
+    except OSError as error:
+        leave_out(str(error))
+        return False
+
+
+def leave_out(what: str) -> None:
+    """Name on standard error what is left out: the run goes on, and ends with status 1."""
+    left_out.append(what)
+    print(f"left out: {what}", file=sys.stderr)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -250,6 +292,7 @@ class Rule(NamedTuple):
 
     is_met: Callable[[object], bool]
     allowed: str
+    is_path: bool = False  # or several: ~ at its beginning is the home folder
 
 
 def whole_number(low: int, high: int = 10**9) -> Rule:
@@ -271,19 +314,24 @@ def one_of(*values: object) -> Rule:
 
 def or_none(rule: Rule) -> Rule:
     """Allow None as well."""
-    return Rule(lambda value: value is None or rule.is_met(value), f"{rule.allowed}, or None")
+    return Rule(lambda value: value is None or rule.is_met(value), f"{rule.allowed}, or None", rule.is_path)
 
 
-PATH = Rule(lambda value: isinstance(value, (str, Path)), "a path")
+PATH = Rule(lambda value: isinstance(value, (str, Path)), "a path", is_path=True)
 PATH_LIST = Rule(
     lambda value: isinstance(value, (list, tuple)) and all(isinstance(path, (str, Path)) for path in value),
     "a list of paths",
+    is_path=True,
 )
 ENCODING = Rule(lambda value: "".encode(value) is not None, "an encoding that Python knows, such as 'utf-8'")
 
 
-def check_settings(settings: dict[str, object], rules: dict[str, Rule]) -> None:
-    """Check all settings at once; ValueError names every one that cannot be used, its value and what is allowed."""
+def check_settings(settings: dict[str, object], rules: dict[str, Rule]) -> dict[str, object]:
+    """Check all settings at once, and return them with ~ in paths replaced by the home folder.
+
+    Raises:
+        ValueError: names every one that cannot be used, its value and what is allowed.
+    """
 
     def is_legal(name: str) -> bool:
         try:
@@ -294,75 +342,11 @@ def check_settings(settings: dict[str, object], rules: dict[str, Rule]) -> None:
     wrong = [f"{name} = {settings[name]!r} (allowed: {rules[name].allowed})" for name in rules if not is_legal(name)]
     if wrong:
         raise ValueError("; ".join(wrong))
+    return {name: expand_home(value) if rules[name].is_path else value for name, value in settings.items()}
 
 
-# ---- Start and end
-
-
-class LastingStream:
-    """A standard stream that outlives its reader: after `| head` has ended, the work goes on unseen."""
-
-    def __init__(self, stream: object) -> None:
-        self.stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115 (pythonw, 2>&-)
-        if hasattr(self.stream, "reconfigure"):  # a name that the terminal's encoding lacks must not end the run
-            self.stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self.stream.write(text)
-        except OSError:
-            self.discard()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError:
-            self.discard()
-
-    def discard(self) -> None:
-        """Send this and all that follows to nowhere."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-def explain_error(error: Exception) -> Optional[str]:
-    """Explain in one line an error that a user can cause; None: it is a fault of the script."""
-    if isinstance(error, (ValueError, OSError)):  # one out of a worker process brings its traceback along
-        return (str(error).strip() or type(error).__name__).splitlines()[-1]
-    if "DataLoader worker" in str(error) or "shared memory" in str(error):
-        return "the worker processes ran out of shared memory: set WORKERS = 0 (in Docker: or --shm-size=1g)"
-    if "torch" in sys.modules and is_out_of_memory(error):
-        return "out of memory: lower BATCH_SIZE or IMAGE_SIZE"
-    return None
-
-
-def run_script(main: Callable[[], int], doc: str, when_stopped: str) -> int:
-    """Run main() as a command. Returns its exit status, or that of an error, told in one line on standard error."""
-    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
-    argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Takes no arguments: edit the settings at the top of the script.",
-    ).parse_args()
-    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # Pillow's, on large scans
-    signal.signal(signal.SIGTERM, raise_interrupt)
-    try:
-        return main()
-    except KeyboardInterrupt as interrupt:
-        name, status = ("SIGTERM", 143) if interrupt.args else ("Ctrl-C", 130)
-        if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes is enough to say so
-            print(f"stopped by {name}; {when_stopped}", file=sys.stderr)
-        return status
-    except Exception as error:
-        explanation = explain_error(error)
-        print(f"error: {explanation}" if explanation else traceback.format_exc(), file=sys.stderr)
-        return 2
-
-
-def raise_interrupt(signal_number: int, frame: object) -> NoReturn:
-    """End on SIGTERM as on Ctrl-C."""
-    raise KeyboardInterrupt(signal_number)
+def expand_home(value: object) -> object:
+    """Replace ~ at the beginning of a path, or of each path of a list, by the home folder; other values stay."""
+    if isinstance(value, (list, tuple)):
+        return [expand_home(path) for path in value]
+    return type(value)(os.path.expanduser(value)) if isinstance(value, (str, Path)) else value

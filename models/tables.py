@@ -163,11 +163,12 @@ def parse_label(cell: str, path: Path, row: int) -> str:
 
 
 def resolve_image(base: Path, cell: str) -> str:
-    """Resolve an img_path: slashes of either kind, relative to base; absolute paths and URLs stay."""
+    """Resolve an img_path: slashes of either kind, relative to base, ~/ to home; absolute paths and URLs stay."""
     cell = cell.strip()
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", cell) or (os.name != "nt" and re.match(r"[A-Za-z]:[\\/]", cell)):
         return cell
-    path = os.path.normpath(os.path.join(base, cell.replace("\\", "/")))
+    cell = cell.replace("\\", "/")
+    path = os.path.normpath(os.path.join(base, os.path.expanduser(cell) if cell.startswith("~/") else cell))
     return os.fsdecode(path.encode("utf-8", "surrogateescape"))  # as os.walk spells it where names are not UTF-8
 
 
@@ -213,6 +214,9 @@ def write_predictions(job: Job, llr: dict[str, float], encoding: str) -> tuple[P
 
     Returns:
         The file that was written, and its content.
+
+    Raises:
+        OSError: neither could be written.
     """
     from models.detector import name_verdicts, to_scores  # not above: the maker works without torch
 
@@ -235,10 +239,10 @@ def write_predictions(job: Job, llr: dict[str, float], encoding: str) -> tuple[P
             write_file(job.path, content)
             return job.path, content
         why = "was changed during this run, and is left so"
-    except PermissionError as error:  # on Windows: it is open in another program
-        why = f"cannot be written ({error.strerror}), and is left as it is"
-    print(f"{job.path} {why}: see {instead}", file=sys.stderr)
+    except OSError as error:  # on Windows: it is open in another program
+        why = f"is left as it is ({error})"
     write_file(instead, content)
+    print(f"{job.path} {why}: see {instead}", file=sys.stderr)
     return instead, content
 
 

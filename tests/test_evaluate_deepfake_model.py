@@ -4,15 +4,29 @@ import hashlib
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT, EVALUATOR, add_condition, read_csv, read_summary, read_tsv, run, write_csv
+from conftest import (
+    CHECKPOINT,
+    EVALUATOR,
+    O0,
+    add_condition,
+    assert_refused,
+    make_image,
+    read_csv,
+    read_summary,
+    read_tsv,
+    run,
+    write_csv,
+    write_parts,
+)
 from PIL import Image
 from torchvision.models import resnet
 
-from models import metrics
+from models import checks, metrics, runtime
 from models.detector import CLASSES, make_network
 
 OUT_OF_MEMORY = [
@@ -173,6 +187,109 @@ def test_outputs_of_an_earlier_run_are_named(judged):
     assert outcome.status == 0
     assert "test.csv: left from an earlier run, not of this one: test.png, test_key.tsv, test_report.txt" in outcome.out
     assert "Left from an earlier run, not of this one: aggregate_test_reports.json" in outcome.out
+
+
+def refuse(monkeypatch, *names):
+    """Let no file of these names be replaced."""
+    replace = os.replace
+
+    def check(source, target):
+        if Path(target).name in names:
+            raise PermissionError(13, "Permission denied", str(source), None, str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", check)
+    monkeypatch.setattr(runtime, "RENAME_WAITS_S", (0,))
+
+
+def copy_csv(judged):
+    """Two CSVs of the same images."""
+    for name in ("one", "two"):
+        shutil.copy(judged / "test_data/test.csv", judged / f"test_data/{name}.csv")
+    return {"CSV_FILES": ["test_data/one.csv", "test_data/two.csv"], "WORKERS": 0}
+
+
+def test_outputs_that_cannot_be_replaced_are_named_and_all_others_written(judged, monkeypatch):
+    names = ["one_recordings.csv", "one.png", "one_report.html", "aggregate_test_reports.json"]
+    refuse(monkeypatch, *names)
+    outcome = run(judged, EVALUATOR, **copy_csv(judged))
+    assert outcome.status == 1
+    lines = [f"left out: {judged / 'test_data' / name} cannot be written: Permission denied" for name in names]
+    assert sorted(line.partition(" (is")[0] for line in outcome.err.splitlines()) == sorted(lines)
+    found = {path.name for path in (judged / "test_data").iterdir()}
+    assert found >= {"one_report.txt", "two_recordings.csv", "two.png", "two_report.html"} and not found & {*names}
+    for name in ("one", "two"):
+        assert all(row["predicted_output"] for row in read_csv(judged / f"test_data/{name}.csv"))
+
+
+@pytest.mark.parametrize("refused", [["one.csv"], ["one.csv", "one.predicted.csv"]])
+def test_csv_that_cannot_be_replaced_leaves_the_others_judged(judged, monkeypatch, refused):
+    before = (judged / "test_data/test.csv").read_bytes()
+    refuse(monkeypatch, *refused)
+    outcome = run(judged, EVALUATOR, **copy_csv(judged))
+    assert outcome.status == 1
+    assert f"{judged / 'test_data/one.csv'} " in outcome.err or "one.predicted.csv cannot be written" in outcome.err
+    assert (judged / "test_data/one.csv").read_bytes() == before
+    assert (judged / "test_data/one.predicted.csv").exists() == (len(refused) == 1)
+    assert all(row["predicted_output"] for row in read_csv(judged / "test_data/two.csv"))
+    for entry in read_summary(judged):
+        path = judged / "test_data" / (entry["file"] if entry["file"] == "two.csv" else "one.predicted.csv")
+        assert entry["csv_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_csv_that_cannot_be_written_at_all_is_an_error(judged, monkeypatch):
+    refuse(monkeypatch, "test.csv", "test.predicted.csv")
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert_refused(outcome, "test.predicted.csv cannot be written: Permission denied")
+
+
+def after_judging(monkeypatch, change):
+    """Call `change` when the images have been judged, before anything is written."""
+    check = checks.check_seen
+    monkeypatch.setattr(checks, "check_seen", lambda *arguments: (change(), check(*arguments))[1])
+    look = checks.check_format
+    monkeypatch.setattr(checks, "check_format", lambda *arguments: (change(), look(*arguments))[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: path.unlink(missing_ok=True), "can no longer be read: there is no such file"),
+        (lambda path: make_image(path, 1, fake=True), "was changed during the run"),
+        (lambda path: path.write_bytes(b"no picture"), "can no longer be read"),
+    ],
+)
+def test_image_that_vanishes_or_changes_after_it_was_judged_is_named(judged, monkeypatch, change, words):
+    path = judged / "data" / O0
+    after_judging(monkeypatch, lambda: change(path))
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert outcome.status == 1
+    look, picture = outcome.err.splitlines()
+    assert look.startswith(f"left out: 1 of 8 images of the format check, the first: {path} {words}")
+    assert picture.startswith(f"left out: test_mistakes.png: {path} {words}")
+    names = {file.name for file in (judged / "test_data").iterdir()}
+    assert {"test_report.txt", "test_report.html", "test.png"} <= names and "test_mistakes.png" not in names
+    assert read_summary(judged)[0]["rows_measured"] == 8
+
+
+def test_folder_that_vanishes_after_it_was_judged_leaves_a_report(judged, monkeypatch):
+    write_parts(judged / "data/unknown/talk", 1, [False, True])
+    write_csv(judged / "test_data/test.csv", [["img_path"], *([f"unknown/talk__clean_{n}.png"] for n in (1, 2))])
+    after_judging(monkeypatch, lambda: shutil.rmtree(judged / "data/unknown", ignore_errors=True))
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert outcome.status == 1
+    assert "2 of 2 images of the format check, the first: " in outcome.err
+    assert f"left out: test_timeline.png: {judged}/data/unknown/talk__clean_1.png can no longer" in outcome.err
+    assert "Format check: not done, since the images are gone" in (judged / "test_data/test_report.html").read_text()
+    assert read_csv(judged / "test_data/test_recordings.csv")[0]["seconds"] == "3.6"
+
+
+def test_checksum_of_the_model_is_of_what_was_loaded(judged, monkeypatch):
+    path = judged / CHECKPOINT
+    used = hashlib.sha256(path.read_bytes()).hexdigest()
+    after_judging(monkeypatch, lambda: path.write_bytes(b"a better one"))
+    assert run(judged, EVALUATOR, WORKERS=0).status == 0
+    assert read_summary(judged)[0]["model_sha256"] == used
 
 
 def test_two_csvs_of_one_name_are_told_apart(judged):

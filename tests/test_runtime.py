@@ -1,5 +1,6 @@
-"""How scripts run: several processes under torchrun do what one does; streams, leftovers."""
+"""How scripts run: several processes under torchrun do what one does; streams, files that resist, leftovers."""
 
+import errno
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from conftest import (
 )
 
 import train_deepfake_detector as trainer
+from models import runtime
 from models.runtime import Team
 
 EXACT = {**QUICK, "EPOCHS": 2, "PRECISION": "float32"}
@@ -34,7 +37,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 PLAIN = """
 import sys, torch
 import train_deepfake_detector as trainer
-from models import runtime
+from models import runtime, script
 trainer.crop_in_time = lambda images, *_: images
 begin = trainer.Run.__init__
 def begin_plainly(run, model, *rest):
@@ -57,7 +60,7 @@ def tell(*arguments):
     print(f"loss {mean.item():.9f}", flush=True)
     return total
 trainer.add_gradients = tell
-sys.exit(runtime.run_script(trainer.main, "", ""))
+sys.exit(script.run_script(trainer.main, "", ""))
 """
 
 
@@ -90,6 +93,75 @@ def test_leftovers_of_killed_runs_are_removed_and_others_kept(project):
     os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
     assert run(project, TRAINER, **QUICK).status == 0
     assert [path.name for path in project.rglob(".*.tmp")] == [new.name]  # of a run beside this one
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_refused_chmod_and_fsync_are_no_errors(tmp_path, monkeypatch, number):
+    refuse = raise_always(OSError(number, "refused"))
+    for name in ("chmod", "fsync"):
+        monkeypatch.setattr(os, name, refuse)
+    for content in (b"one", b"two"):
+        runtime.write_file(tmp_path / "a.txt", content)
+        assert (tmp_path / "a.txt").read_bytes() == content
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def raise_always(error):
+    def refuse(*_, **__):
+        raise error
+
+    return refuse
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_file_that_cannot_be_written_stays_and_is_named(tmp_path, monkeypatch, capsys, function):
+    (tmp_path / "a.txt").write_bytes(b"one")
+    monkeypatch.setattr(runtime, "RENAME_WAITS_S", (0, 0))
+    monkeypatch.setattr(os, function, raise_always(OSError(errno.EIO, "Input/output error")))
+    assert not runtime.try_write(tmp_path / "a.txt", b"two")
+    assert runtime.left_out.pop() == f"{tmp_path / 'a.txt'} cannot be written: Input/output error"
+    assert "left out: " in capsys.readouterr().err
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"one"]
+
+
+def test_refused_rename_is_tried_again(tmp_path, monkeypatch):
+    replace, errors = os.replace, [PermissionError(13, "Permission denied"), OSError(errno.EBUSY, "busy")]
+
+    def refuse_twice(source, target):
+        if errors:
+            raise errors.pop()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_twice)
+    monkeypatch.setattr(runtime, "RENAME_WAITS_S", (0, 0))
+    assert runtime.try_write(tmp_path / "a.txt", b"one")
+    assert (tmp_path / "a.txt").read_bytes() == b"one"
+
+
+def test_tilde_at_the_beginning_of_a_path_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    settings = {"A": "~/a", "B": Path("~/b"), "C": ["~/c", Path("c~")], "D": "~/d", "E": None, "F": "~"}
+    rules = dict.fromkeys("ABF", runtime.PATH) | {"C": runtime.PATH_LIST, "D": runtime.one_of("~/d")}
+    found = runtime.check_settings(settings, {**rules, "E": runtime.or_none(runtime.PATH)})
+    expected = {"A": f"{tmp_path}/a", "B": tmp_path / "b", "C": [f"{tmp_path}/c", Path("c~")], "D": "~/d", "E": None}
+    assert found == {**expected, "F": str(tmp_path)}
+
+
+def test_trained_and_judged_below_the_home_folder(project, monkeypatch):
+    monkeypatch.setenv("HOME", str(project / "home"))
+    shutil.move(project / "data", project / "home/data")
+    table = project / "home/my.csv"
+    rows = [[f"~/data/{row['img_path']}"] for row in read_csv(project / "test_data/test.csv")]
+    write_csv(table, [["img_path"], *rows])
+    paths = {"BEST_MODEL_PATH": "~/m/best.pth", "FINAL_MODEL_PATH": "~/m/final.pth", "CACHE_DIR": "~/cache"}
+    outcome = run(project, TRAINER, **QUICK, **paths, DATA_DIR="~/data", HOLDOUT_CSVS=["~/my.csv"])
+    assert outcome.status == 0, outcome.err
+    assert "Held out: 8 of 8 listed images" in outcome.out
+    outcome = run(project, EVALUATOR, WORKERS=0, MODEL_PATH="~/m/best.pth", CSV_FILES=["~/my.csv"])
+    assert outcome.status == 0, outcome.err
+    assert all(row["predicted_output"] for row in read_csv(table))
+    assert not list(project.rglob("~"))
 
 
 def launch(folder, script, processes, *options, **constants):

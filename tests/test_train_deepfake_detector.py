@@ -1,5 +1,8 @@
 """The trainer: what it learns, what it writes."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from conftest import QUICK, TRAINER, assert_refused, read_checkpoint, read_csv, 
 from PIL import Image
 
 import train_deepfake_detector as trainer
-from models import detector
+from models import dataset, detector
 from models.images import IMAGENET_MEAN, IMAGENET_STD
 from models.runtime import Team
 
@@ -64,6 +67,36 @@ def test_too_many_unreadable_images_stop_the_run(project):
     outcome = run(project, TRAINER, **QUICK)
     assert_refused(outcome, "MAX_UNREADABLE = 0.01")
     assert not list((project / "models/experiments").iterdir())
+
+
+def test_identical_images_in_both_classes_are_named(project):
+    copies = [project / f"data/deepfake/combined/copy{number}__clean_1.png" for number in range(5)]
+    for number, copy in enumerate(copies):
+        shutil.copy(project / f"data/original/combined/o{number + 3}__clean_1.png", copy)
+    outcome = run(project, TRAINER, **QUICK)
+    assert outcome.status == 0, outcome.err
+    (line,) = [line for line in outcome.out.splitlines() if "in both classes" in line]
+    assert line.startswith("WARNING: 5 images are in both classes; delete the wrong one of each: ")
+    assert f"{copies[0]} = {project}/data/original/combined/o3__clean_1.png; " in line
+    assert line.endswith("; and 2 more")
+
+
+@pytest.mark.parametrize(("workers", "what"), [(0, "file"), (2, "file"), (0, "folder"), (0, "damaged")])
+def test_image_that_vanishes_during_training_is_named(project, monkeypatch, workers, what):
+    choose, folder = dataset.choose_images, project / "data/original/combined"
+
+    def vanish(*arguments):
+        chosen = choose(*arguments)
+        for path in map(Path, chosen.paths):
+            if path.parent == folder:
+                path.write_bytes(b"\x89PNG\r\n\x1a\n") if what == "damaged" else path.unlink()
+        if what == "folder":
+            shutil.rmtree(folder)
+        return chosen
+
+    monkeypatch.setattr(dataset, "choose_images", vanish)
+    outcome = run(project, TRAINER, **{**QUICK, "CACHE_GB": 0, "WORKERS": workers})
+    assert_refused(outcome, f"error: {folder}/o", ".png can no longer be read: ")
 
 
 @pytest.mark.parametrize(

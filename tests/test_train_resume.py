@@ -13,7 +13,7 @@ from conftest import MODELS, QUICK, ROOT, TRAINER, assert_refused, copy_script, 
 from torchvision.models import resnet
 
 import train_deepfake_detector as trainer
-from models import detector
+from models import detector, runtime
 from models.runtime import Compute
 
 BEST, FINAL = "best_laundered_processed.pth", "final_laundered_processed.pth"
@@ -148,6 +148,51 @@ def test_missing_best_checkpoint_stops(interrupted):
     outcome = run(interrupted, TRAINER, **LONG)
     assert_refused(outcome)
     assert "put it back, or start over: RESUME = False" in outcome.err
+
+
+def refuse(monkeypatch, *names):
+    """Let no file of these names be replaced or renamed."""
+    replace = os.replace
+
+    def check(source, target):
+        if {Path(source).name, Path(target).name} & {*names}:
+            raise PermissionError(13, "Permission denied", str(source), None, str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", check)
+    monkeypatch.setattr(runtime, "RENAME_WAITS_S", (0,))
+
+
+def test_history_and_picture_that_cannot_be_replaced_do_not_end_the_run(project):
+    assert run(project, TRAINER, **{**LONG, "EPOCHS": 1}).status == 0
+    names = ("history.csv", "learning_curves.png")
+    with pytest.MonkeyPatch.context() as patch:
+        refuse(patch, *names)
+        outcome = run(project, TRAINER, **LONG)
+    assert outcome.status == 1
+    for name in names:
+        assert f"left out: {project / MODELS / name} cannot be written: Permission denied (is it open" in outcome.err
+        assert f"{project / MODELS / name} cannot be renamed to previous_{name}: Permission denied" in outcome.err
+    assert detector.load_content(project / MODELS / FINAL)["epoch"] == 3
+    again = run(project, TRAINER, **LONG)
+    assert (again.status, again.err) == (0, "")
+    assert "Resuming after epoch 3" in again.out and "\nepoch" not in again.out
+    assert len(read_csv(project / MODELS / "history.csv")) == 3
+    assert not (project / MODELS / "resume_state.pth").exists()
+
+
+@pytest.mark.parametrize("name", [BEST, FINAL, "resume_state.pth"])
+def test_checkpoint_that_cannot_be_replaced_stops_and_the_run_resumes(project, name):
+    with pytest.MonkeyPatch.context() as patch:
+        refuse(patch, name)
+        outcome = run(project, TRAINER, **LONG)
+    assert_refused(outcome, f"{project / MODELS / name} cannot be written: Permission denied (is it open")
+    files = {path.name for path in (project / MODELS).iterdir()}
+    assert files == {BEST: set(), FINAL: {BEST, "history.csv", "resume_state.pth"}}.get(name, {BEST})
+    outcome = run(project, TRAINER, **LONG)
+    assert outcome.status == 0, outcome.err
+    assert ("Resuming after epoch 3" in outcome.out) == (name == FINAL)
+    assert len(read_csv(project / MODELS / "history.csv")) == 3
 
 
 @pytest.mark.slow

@@ -4,8 +4,9 @@
 
 Each round interrupts a small training run up to three times, lets it finish, and compares checkpoints and history with
 those of a run that nothing interrupted; then it interrupts an evaluation. An interruption is a SIGKILL at a random
-time or just before or after an fsync or os.replace, or a disk that is full from some fsync on. 50 rounds (the
-default) take about 10 minutes. Exit status: 0, or 1 and a line for each fault.
+time or just before or after an fsync or os.replace, a disk that is full or refuses to rename files from some moment
+on, or a share that refuses chmod and fsync, and some renames for a moment. 50 rounds (the default) take about 10
+minutes. Exit status: 0, or 1 and a line for each fault.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import EVALUATOR, QUICK, TRAINER, copy_script, make_project  # noqa: E402
 
-from models import detector  # noqa: E402
+from models import detector, runtime  # noqa: E402
 
 BEST, FINAL = "best_laundered_processed.pth", "final_laundered_processed.pth"
 TRAINING = {**QUICK, "EPOCHS": 3}
@@ -40,8 +41,12 @@ JUDGING = {"WORKERS": 0}
 
 
 def interrupt_at(event: int, kind: str, count_file: Path) -> None:
-    """Let the event-th fsync or os.replace of this process kill it (before, after) or meet a full disk (full)."""
+    """Let the event-th fsync or os.replace of this process kill it (before, after) or meet a full disk (full).
+
+    refused: from it on all renames are; share: chmod and fsync are refused, and every event-th rename once.
+    """
     calls, fsync, replace = [0], os.fsync, os.replace
+    runtime.RENAME_WAITS_S = (0.01, 0.01)
 
     def watch(function):
         def call(*arguments):
@@ -49,6 +54,10 @@ def interrupt_at(event: int, kind: str, count_file: Path) -> None:
             count_file.write_text(str(calls[0]))
             if kind == "full" and calls[0] >= event and function is fsync:
                 raise OSError(errno.ENOSPC, "No space left on device")
+            if kind == "refused" and calls[0] >= event and function is replace:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            if kind == "share" and (function is fsync or calls[0] % (event + 1) == 0):
+                raise OSError(errno.EINVAL if function is fsync else errno.EBUSY, "refused")
             if kind == "before" and calls[0] == event:
                 os.kill(os.getpid(), signal.SIGKILL)
             result = function(*arguments)
@@ -58,7 +67,10 @@ def interrupt_at(event: int, kind: str, count_file: Path) -> None:
 
         return call
 
-    os.fsync, os.replace = watch(fsync), watch(replace)
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    os.fsync, os.replace, os.chmod = watch(fsync), watch(replace), refuse if kind == "share" else os.chmod
 
 
 def run_child(folder: Path, script: str, constants: dict, plan: Optional[tuple[str, float]]) -> int:
@@ -85,7 +97,7 @@ def run_child(folder: Path, script: str, constants: dict, plan: Optional[tuple[s
 
 def draw_plan(draw: random.Random, events: int, seconds: float) -> tuple[str, float]:
     """Draw when and how to interrupt a run that would make so many events and take so long."""
-    kind = draw.choice(["time", "before", "after", "full"])
+    kind = draw.choice(["time", "before", "after", "full", "refused", "share"])
     return kind, draw.uniform(0, seconds) if kind == "time" else draw.randint(1, events)
 
 
@@ -125,7 +137,7 @@ def train_through(folder: Path, plans: list, expected: tuple) -> list[str]:
     faults = []
     for plan in plans:
         status = run_child(folder, TRAINER, TRAINING, plan)
-        if status not in (0, 2, -signal.SIGKILL):
+        if status not in ((0,) if plan[0] == "share" else (0, 1, 2, -signal.SIGKILL)):
             faults.append(f"training, {plan}: exit status {status}")
         for path in (folder / "models/experiments").glob("*.pth"):
             try:
