@@ -60,7 +60,7 @@ WORKERS = None  # threads that decode images; 0: one; None: one for each core, u
 PRECISION = "auto"  # "auto": bfloat16 or float16 where the hardware is faster with it; "float32"
 # ------------------------------------------------------------------------------------------------
 
-OWN_COLUMNS = ("path", "recording", "label", "is_fake", "llr", "margin")
+OWN_COLUMNS = ("path", "recording", "recording_by_name", "label", "is_fake", "llr", "margin")
 RULES = {
     "MODEL_PATH": runtime.PATH,
     "IMG_BASE_PATH": runtime.PATH,
@@ -152,10 +152,10 @@ def choose_rows(job: Job, scores: dict[str, Score], facts: dict, report_by: tupl
         if not scores[path].reason:
             row = job.rows[number - 1]
             cells = [row[column] if column < len(row) else "" for column in columns.values()]
-            recording = name_recording(path, job.base, facts["recording_pattern"])
-            label = (job.labels or {}).get(number, "")
-            table.append([*cells, path, recording, label, scores[path].llr, scores[path].margin])
-    table = pandas.DataFrame(table, columns=[*columns, "path", "recording", "label", "llr", "margin"])
+            name = name_recording(path, job.base, facts["recording_pattern"])
+            recording, label = (job.recordings or {}).get(number, name), (job.labels or {}).get(number, "")
+            table.append([*cells, path, recording, name, label, scores[path].llr, scores[path].margin])
+    table = pandas.DataFrame(table, columns=[*columns, *(name for name in OWN_COLUMNS if name != "is_fake")])
     table["is_fake"] = table["label"] == "Deepfake"
     return table
 
@@ -178,8 +178,8 @@ def describe_recordings(
     merged["deepfake_score"] = to_scores(llr)
     merged["seconds"] = [count_seconds([scores[path].span for path in paths]) for paths in merged["paths"]]
     for name, label, side in (("originals_below", "Original", 1), ("deepfakes_above", "Deepfake", -1)):
-        values = beyond[label].numpy() * side if beyond else None
-        merged[name] = [float((values <= side * value).mean()) if beyond else "" for value in merged["llr"]]
+        values = np.sort(beyond[label].numpy() * side) if beyond else None
+        merged[name] = np.searchsorted(values, side * llr, "right") / len(values) if beyond else ""
     differs = [sum(path in unlike for path in paths) > UNLIKE_FRACTION * len(paths) for paths in merged["paths"]]
     merged["rendering"] = np.where(differs, "differs", "")
     return merged
@@ -355,6 +355,9 @@ def main() -> int:
         counts = Counter((job.labels or {}).values())
         labels = ", ".join(f"{counts[name]:,} {name}" for name in REPORT_ORDER) if counts else "none"
         print(f"{job.name}: {len(job.images):,} rows; labels: {labels}")
+        if job.recordings is not None:
+            blank = len(job.images) - len(job.recordings)
+            print(f"{job.name}: recordings by its column recording; {blank:,} rows, where it is blank, by file name")
 
     paths = list(dict.fromkeys(path for job in jobs for path in job.images.values()))
     scores = score_images(team.share(paths), model, compute, settings, team)

@@ -31,7 +31,8 @@ def check_seen(table: pandas.DataFrame, facts: dict, scores: dict[str, Score]) -
         return None  # the checkpoint does not say
     images, recordings = (set(facts[name].tolist()) for name in ("seen_images", "seen_recordings"))
     as_image = np.array([scores[path].fingerprint in images for path in table["path"]], bool)
-    as_recording = np.array([take_fingerprint(name.encode()) in recordings for name in table["recording"]], bool)
+    names = zip(table["recording"], table["recording_by_name"])
+    as_recording = np.array([any(take_fingerprint(n.encode()) in recordings for n in pair) for pair in names], bool)
     rest = table[~(as_image | as_recording)]
     return {
         "rows_as_image": int(as_image.sum()),

@@ -17,7 +17,7 @@ from models import runtime
 from models.detector import CLASSES
 from models.pixel_cache import PixelCache
 from models.runtime import Team
-from models.tables import find_columns, name_recording, parse_table, resolve_image
+from models.tables import find_columns, name_recording, parse_table, resolve_image, unify_spelling
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MIN_SOURCES = 5  # with fewer, holding out whole ones for validation would cost training too much
@@ -138,7 +138,7 @@ def read_all_images(cache: PixelCache, paths: list[str], workers: int, team: Tea
 
 
 def list_holdout(csv_paths: list[Path], data_dir: Path, encoding: str) -> list[str]:
-    """List the images, as absolute paths, that the hold-out CSVs name."""
+    """List the images, as absolute paths, that the hold-out CSVs name; ValueError where most of a CSV's are missing."""
     listed = []
     for path in csv_paths:
         if not path.is_file():
@@ -149,7 +149,15 @@ def list_holdout(csv_paths: list[Path], data_dir: Path, encoding: str) -> list[s
         (header, *rows), _ = parse_table(path.read_bytes(), path, encoding)
         column = find_columns(header)["img_path"]
         cells = (row[column] for row in rows if len(row) > column)
-        listed += [resolve_image(data_dir, cell) for cell in cells if cell.strip()]
+        images = [resolve_image(data_dir, cell) for cell in cells if cell.strip()]
+        missing = [image for image in images if not os.path.isfile(image)]
+        if 2 * len(missing) > len(images):
+            raise ValueError(
+                f"hold-out list {path}: {len(missing):,} of {len(images):,} images cannot be found, such as "
+                f"{missing[0]}; put them back, correct img_path (relative to DATA_DIR, {data_dir}), or take the list "
+                "out of HOLDOUT_CSVS to train without it"
+            )
+        listed += images
     return listed
 
 
@@ -206,7 +214,7 @@ def find_sources(paths: list[str], labels: list[int], data_dir: str) -> list[str
     """
     names, classes = [], defaultdict(set)
     for path, label in zip(paths, labels):
-        _, *folders = os.path.relpath(os.path.dirname(path), data_dir).split(os.sep)
+        _, *folders = os.path.relpath(unify_spelling(os.path.dirname(path)), data_dir).split(os.sep)
         folders = folders[1:] if folders[:1] == ["combined"] else folders
         names.append(folders[0] if folders else "")
         classes[names[-1]].add(label)

@@ -29,6 +29,26 @@ BARE_FACTS = {  # assumed where a file holds weights only
     "calibration": {"scale": 1.0, "offset": 0.0},
     "recording_pattern": r"^([^/]+?)__[^/]*$",
 }
+USUAL_KEYS = ("state_dict", "model_state_dict", "model", "net", "ema")  # of weights, the likeliest first
+FOREIGN_FILES = {  # how the files of other programs begin
+    rb"\s*<": "a web page",
+    rb"version https://git-lfs": "a Git LFS pointer: get the file itself with git lfs pull",
+    rb"\x89HDF": "an HDF5 file, as Keras writes it (.h5)",
+    rb"\x08.[\x12\x1a\x22\x3a]": "an ONNX file",
+    rb".{8}\{.{0,100000}\"data_offsets\"": "a safetensors file",
+    rb".{4}TFL3": "a TensorFlow Lite file",
+    rb"\x93NUMPY": "a NumPy array (.npy)",
+    rb"GGUF": "a GGUF file",
+    rb"\x80[\x02-\x05](?!\x8a\x0al\xfc)": "a pickle of Python objects (.pkl)",
+    rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!": "a compressed file: unpack it",
+}
+FOREIGN_MEMBERS = {  # what their zip archives hold
+    "/constants.pkl": "a TorchScript archive",
+    "model.weights.h5": "a Keras model (.keras)",
+    ".npy": "a NumPy archive (.npz)",
+    ".pth": "a zip archive of weights: unpack it",
+    ".pt": "a zip archive of weights: unpack it",
+}
 
 
 # ---- Network and checkpoint
@@ -59,6 +79,16 @@ class Score(NamedTuple):
     span: Optional[tuple[float, float]] = None  # from when to when, in s, it shows its recording; None: unknown
 
 
+def name_foreign(content: bytes) -> str:
+    """Name the kind of a file that is not torch's; "": none that is known."""
+    if content.startswith(b"PK"):
+        names = zipfile.ZipFile(io.BytesIO(content)).namelist()
+        for ending, kind in FOREIGN_MEMBERS.items():
+            if any(name.endswith(ending) for name in names):
+                return kind
+    return next((kind for start, kind in FOREIGN_FILES.items() if re.match(start, content, re.DOTALL)), "")
+
+
 def load_content(path: Path, content: Optional[bytes] = None) -> dict:
     """Load what torch.save wrote: weights and plain types only, without running code that a file may hold.
 
@@ -66,49 +96,82 @@ def load_content(path: Path, content: Optional[bytes] = None) -> dict:
     """
     try:
         content = path.read_bytes() if content is None else content
+        if kind := name_foreign(content):
+            raise ValueError(f"it is {kind}")
         archive = zipfile.ZipFile(io.BytesIO(content)) if content.startswith(b"PK") else None
-        if content.lstrip().startswith(b"<"):
-            raise ValueError("it is a web page")
-        if content[8:9] == b"{" and b'"data_offsets"' in content[:100_000]:
-            raise ValueError("it is a safetensors file: save the state_dict with torch.save")
-        if archive and any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            raise ValueError("it is a TorchScript archive: save the state_dict with torch.save")
         if archive and (damaged := archive.testzip()):
             raise ValueError(f"the checksum of {damaged} is wrong")
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(loaded, dict):
-            raise ValueError(f"it holds a {type(loaded).__name__}, not a ResNet-18")
+            raise ValueError(f"it holds a {type(loaded).__name__}")
         return loaded
     except Exception as error:  # zipfile and torch raise many kinds on damaged or foreign files
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").splitlines()[0][:200]
         if "Weights only load failed" in reason:  # what follows it is advice to run the code
             name = re.search(r"(?i)unsupported global:? (?:GLOBAL )?(\S+)", str(error))
             reason = f"it holds {name[1] if name else 'more than weights'}, which is not loaded"
-        raise ValueError(f"{path} is not a checkpoint, or is damaged ({reason})") from None
+        raise ValueError(
+            f"{path} is not a checkpoint, or is damaged ({reason}); needed: a .pth with the state_dict of a ResNet-18, "
+            "written by torch.save"
+        ) from None
+
+
+def list_networks(content: dict, where: str = "") -> dict[str, dict[str, torch.Tensor]]:
+    """List what may be ResNets in what a file holds, under any key and with any prefix before the names.
+
+    Returns:
+        {key and prefix: weights under their plain names}, the usual keys first.
+    """
+    found = {}
+    for name in map(str, content):
+        if re.search(r"(^|\.)conv1\.weight$", name) and not re.search(r"layer\d\.\d+\.conv1", name):
+            prefix = name.removesuffix("conv1.weight")
+            own = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+            own = {key[len(prefix) :]: tensor for key, tensor in own.items() if key.startswith(prefix)}
+            found[where + prefix] = {key.replace("fc.1.", "fc."): tensor for key, tensor in own.items()}
+    for name in sorted(content, key=lambda key: USUAL_KEYS.index(key) if key in USUAL_KEYS else len(USUAL_KEYS)):
+        if isinstance(content[name], dict):
+            found |= list_networks(content[name], f"{where}{name}.")
+    return found
+
+
+def describe_content(content: dict, most: int = 8) -> str:
+    """Describe what a file holds in one line: the first keys, with shapes or types."""
+    words = []
+    for key, value in list(content.items())[:most]:
+        what = type(value).__name__
+        if isinstance(value, torch.Tensor):
+            what = "x".join(map(str, value.shape)) or "scalar"
+        elif isinstance(value, dict):
+            what = describe_content(value, 4)
+        words.append(f"{str(key)[:60]} ({what})")
+    return " ".join((", ".join(words) + ", …" * (len(content) > most) or "nothing").split())
 
 
 def find_weights(content: dict, path: Path) -> dict[str, torch.Tensor]:
-    """Find a ResNet-18's state_dict in what a file holds, under its plain names."""
-    key = next((key for key in ("state_dict", "model_state_dict", "model") if isinstance(content.get(key), dict)), None)
-    state = content[key] if key else content
-    if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} holds no weights; its keys: {', '.join(map(str, content))[:200]}")
-    plain = {re.sub(r"^(_orig_mod\.|module\.)+", "", str(name)): tensor for name, tensor in state.items()}
-    return {name.replace("fc.1.", "fc."): tensor for name, tensor in plain.items()}
+    """Find a ResNet-18's state_dict in what a file holds, under its plain names; of several the first is taken."""
+    found = list_networks(content)
+    if not found:
+        raise ValueError(f"{path} holds no weights of a ResNet-18, but: {describe_content(content)}")
+    first, *others = (name.rstrip(".") or "the outermost" for name in found)
+    if others:
+        print(f"Note: {path.name} holds several networks: {first} is used, not {', '.join(others)}")
+    return next(iter(found.values()))
 
 
 def build_model(state: dict, path: Path) -> ResNet:
     """Build a two-class ResNet-18 from a state_dict, in evaluation mode, on the CPU."""
     head = state.get("fc.weight")
     if head is None or head.ndim != 2:
-        raise ValueError(f"{path} holds no ResNet-18 (no fc.weight); its keys: {', '.join(state)[:200]}")
+        raise ValueError(f"{path} holds no ResNet-18 (no fc.weight), but: {describe_content(state)}")
     if len(head) != len(CLASSES):
         raise ValueError(f"{path} has {len(head)} classes; needed: {', '.join(CLASSES)}")
     model = make_network()
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} holds no ResNet-18: {str(error).splitlines()[-1].strip()[:200]}") from None
+        reason = str(error).splitlines()[-1].strip()[:200]
+        raise ValueError(f"{path} holds no ResNet-18: {reason} It holds: {describe_content(state)}") from None
     if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
         raise ValueError(f"{path} holds weights that are not finite: train again")
     return model.eval()
@@ -118,7 +181,8 @@ def load_detector(path: Path) -> Detector:
     """Rebuild a detector from a checkpoint, or from a bare state_dict, without running any code in it."""
     if not path.is_file():
         shipped = 'MODEL_PATH = Path("models/speech_resnet18.pth")'
-        raise ValueError(f"MODEL_PATH: file not found: {path} (train first, or judge with the shipped one: {shipped})")
+        found = "a folder, not a file" if path.is_dir() else "file not found"
+        raise ValueError(f"MODEL_PATH: {found}: {path} (train first, or judge with the shipped one: {shipped})")
     try:
         content = path.read_bytes()
         facts = load_content(path, content)

@@ -13,7 +13,7 @@ from torch import nn
 
 from models.detector import Detector, Score, decide, to_scores
 from models.images import read_again, to_input
-from models.metrics import FEW_ROWS, REPORT_ORDER
+from models.metrics import FEW_ROWS, REPORT_ORDER, SHOWN_GROUPS
 
 if TYPE_CHECKING:
     import pandas
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 COLOURS = {"Original": "#0072B2", "Deepfake": "#D55E00"}  # told apart by the colour-blind: Okabe and Ito, 2008
 MOST_TIMELINES = 12  # recordings whose timelines are drawn
 COLOURS_MEAN = "Colours of the maker's images: red level, green and blue regular phase over time and over frequency"
-MOST_CONDITIONS = 40  # values of a column that the picture of conditions shows
 
 
 def shorten(text: str, length: int = 40) -> str:
@@ -128,10 +127,10 @@ def draw_conditions(parts: list[dict], total: Optional[float]) -> bytes:
     """Draw the EER of all rows, and with its interval that of each value of the REPORT_BY columns, highest on top."""
     columns = list(dict.fromkeys(part["column"] for part in parts))
     chosen = {name: [part for part in parts if part["column"] == name and part["eer"] is not None] for name in columns}
-    height = 1.6 + 0.32 * min(max(map(len, chosen.values())), MOST_CONDITIONS)
+    height = 1.6 + 0.32 * min(max(map(len, chosen.values())), SHOWN_GROUPS)
     figure, (all_axes,) = start_figure(1.5 + 5.5 * len(columns), height, 1, len(columns))
     for axes, (name, group) in zip(all_axes, chosen.items()):
-        group = group[:MOST_CONDITIONS][::-1]
+        group = group[:SHOWN_GROUPS][::-1]
         for row, part in enumerate(group):
             low, high = part["eer_interval_95"] or (part["eer"], part["eer"])
             axes.plot([100 * low, 100 * high], [row, row], color=COLOURS["Original"], alpha=0.5, linewidth=3)

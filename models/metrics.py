@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING, Optional
 
 import numpy as np
+from tqdm import tqdm
 
 from models.detector import decide, to_probability
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 REPORT_ORDER = ("Original", "Deepfake")
 FEW_ROWS = 20  # fewer are marked
+SHOWN_GROUPS = 40  # values of a column that report and picture show
 METRICS = {  # name in the summary: how the report calls and writes it; `measure` computes them
     "eer": ("Equal error rate (EER)", "rate"),
     "accuracy": ("Accuracy", "rate"),
@@ -158,32 +160,35 @@ def measure_table(table: pandas.DataFrame) -> dict:
 
 
 def measure_conditions(table: pandas.DataFrame, columns: tuple[str, ...]) -> list[dict]:
-    """Measure by each value of some columns, the worst first; a value of one class against all rows of the other."""
-    import pandas
+    """Measure by each value of some columns, the worst first; a value of one class against all rows of the other.
 
-    parts = []
+    Only the SHOWN_GROUPS worst values of a column get intervals, each of up to 1,000 draws, fewer where rows are many.
+    """
+    table, parts = table.reset_index(drop=True), []
+    llr, is_fake, owners = (table[name].to_numpy() for name in ("llr", "is_fake", "recording"))
+    is_right = decide(llr) == is_fake
     for column in columns:
         if column not in table or table[column].nunique() < 2:
             continue
-        for value, part in table.groupby(column):
-            measured = part
+        groups = []
+        for value, part in tqdm(table.groupby(column), f"Measuring by {column}", unit=" groups", disable=None):
+            own = measured = part.index.to_numpy()
             if part["is_fake"].nunique() == 1:
-                others = table[table["is_fake"] != part["is_fake"].iloc[0]]
-                measured = pandas.concat([part, others])
-            measures = measure_table(measured)
-            parts.append(
-                {
-                    "column": column,
-                    "value": value,
-                    "rows": len(part),
-                    "recordings": int(part["recording"].nunique()),
-                    "classes": " and ".join(name for name in REPORT_ORDER if (part["label"] == name).any()),
-                    "eer": measures["eer"],
-                    "eer_interval_95": measures["intervals_95"].get("eer"),
-                    "accuracy": float((decide(part["llr"].to_numpy(float)) == part["is_fake"].to_numpy(bool)).mean()),
-                }
-            )
-    return sorted(parts, key=lambda part: (columns.index(part["column"]), -(part["eer"] or 0)))
+                measured = np.append(own, np.flatnonzero(is_fake != is_fake[own[0]]))
+            entry = {"column": column, "value": value, "rows": len(part), "recordings": part["recording"].nunique()}
+            entry["classes"] = " and ".join(name for name in REPORT_ORDER if (part["label"] == name).any())
+            entry |= {"eer": None, "eer_interval_95": None, "accuracy": float(is_right[own].mean())}
+            if 0 < is_fake[measured].sum() < len(measured):
+                errors = walk_errors(llr[measured], is_fake[measured], np.ones((1, len(measured))))
+                entry["eer"] = float(compute_eer(*errors)[0])
+            groups.append((entry, measured))
+        groups.sort(key=lambda group: -(group[0]["eer"] or 0))
+        for entry, measured in tqdm(groups[:SHOWN_GROUPS], f"Intervals by {column}", unit=" groups", disable=None):
+            draws = max(200, min(1000, 200_000_000 // len(measured) // SHOWN_GROUPS))
+            intervals = estimate_intervals(llr[measured], is_fake[measured], owners[measured].tolist(), draws)
+            entry["eer_interval_95"] = intervals.get("eer")
+        parts += [entry for entry, _ in groups]
+    return parts
 
 
 def format_rate(value: Optional[float], interval: Optional[list[float]] = None) -> str:

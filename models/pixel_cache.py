@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from models.images import read_again, read_image, take_fingerprint, to_brightness
 
-CACHE_FORMAT = 3  # changes when read_image comes to give other pixels
+CACHE_FORMAT = 4  # changes when read_image comes to give other pixels
 DISK_RESERVE = 1e9  # bytes of the disk that the cache leaves free, for checkpoints
 IMAGES_AT_ONCE = 64
 LOOKS = ("original width", "original height", "mean brightness", "share of black columns")

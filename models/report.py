@@ -14,7 +14,7 @@ from PIL import Image
 
 from models.checks import format_checks, list_caveats
 from models.figures import COLOURS_MEAN
-from models.metrics import FEW_ROWS, METRICS, REPORT_ORDER, format_rate
+from models.metrics import FEW_ROWS, METRICS, REPORT_ORDER, SHOWN_GROUPS, format_rate
 
 if TYPE_CHECKING:
     import pandas
@@ -87,11 +87,13 @@ def format_report(entry: dict) -> str:
     lines += ["", *(line for check in format_checks(entry) for line in textwrap.wrap(check, 98))]
     for column in dict.fromkeys(part["column"] for part in entry["by_condition"]):
         lines += ["", f"{'By ' + column:<36}{'rows':>7}  {'EER, 95% CI':<26}{'accuracy':>9}"]
-        for part in entry["by_condition"]:
-            if part["column"] == column:
-                rate = format_rate(part["eer"], part["eer_interval_95"])
-                mark = "  few rows" if part["rows"] < FEW_ROWS else ""
-                lines.append(f"  {part['value'][:33]:<34}{part['rows']:>7,}  {rate:<26}{part['accuracy']:>9.1%}{mark}")
+        parts = [part for part in entry["by_condition"] if part["column"] == column]
+        for part in parts[:SHOWN_GROUPS]:
+            rate = format_rate(part["eer"], part["eer_interval_95"])
+            mark = "  few rows" if part["rows"] < FEW_ROWS else ""
+            lines.append(f"  {part['value'][:33]:<34}{part['rows']:>7,}  {rate:<26}{part['accuracy']:>9.1%}{mark}")
+        if len(parts) > SHOWN_GROUPS:
+            lines.append(f"  … and {len(parts) - SHOWN_GROUPS:,} more, in aggregate_test_reports.json")
     return "\n".join(lines) + "\n"
 
 

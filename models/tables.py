@@ -8,7 +8,9 @@ import io
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, Optional
@@ -39,6 +41,7 @@ class Job(NamedTuple):
     delimiter: str
     images: dict[int, str]  # row number -> absolute path of its image; rows that are blank lines are missing
     labels: Optional[dict[int, str]]  # row number -> class; rows with a blank label are missing; None: no such column
+    recordings: Optional[dict[int, str]]  # row number -> cell of the column recording; likewise
 
     def name_output(self, what: str) -> Path:
         """Name a file that belongs to this CSV: its stem, then `what`."""
@@ -86,10 +89,11 @@ def read_job(path: Path, name: str, base: Path, encoding: str) -> Job:
     before = path.read_bytes()
     rows, delimiter = parse_table(before, path, encoding)
     columns, names = find_columns(rows[0]), [cell.strip(" ") for cell in rows[0]]
-    for column in ("img_path", "actual_output", "predicted_output", "deepfake_score"):
+    for column in ("img_path", "actual_output", "recording", "predicted_output", "deepfake_score"):
         if names.count(column) > 1:
             raise ValueError(f"{path} has {names.count(column)} columns named {column}")
-    job = Job(path, name, base, before, rows, delimiter, {}, {} if "actual_output" in columns else None)
+    labels, recordings = ({} if column in columns else None for column in ("actual_output", "recording"))
+    job = Job(path, name, base, before, rows, delimiter, {}, labels, recordings)
     for number, row in enumerate(rows[1:], 2):
         if not any(cell.strip() for cell in row):
             continue
@@ -98,8 +102,10 @@ def read_job(path: Path, name: str, base: Path, encoding: str) -> Job:
         cells = row + [""] * (len(names) - len(row))
         cell = cells[columns["img_path"]]
         job.images[number] = resolve_image(base, cell) if cell.strip() else ""
-        if job.labels is not None and (label := parse_label(cells[columns["actual_output"]], path, number)):
-            job.labels[number] = label
+        if labels is not None and (label := parse_label(cells[columns["actual_output"]], path, number)):
+            labels[number] = label
+        if recordings is not None and (cell := cells[columns["recording"]].strip()):
+            recordings[number] = unicodedata.normalize("NFC", cell)
     return job
 
 
@@ -169,7 +175,32 @@ def resolve_image(base: Path, cell: str) -> str:
         return cell
     cell = cell.replace("\\", "/")
     path = os.path.normpath(os.path.join(base, os.path.expanduser(cell) if cell.startswith("~/") else cell))
-    return os.fsdecode(path.encode("utf-8", "surrogateescape"))  # as os.walk spells it where names are not UTF-8
+    return find_spelling(os.fsdecode(path.encode("utf-8", "surrogateescape")))  # as os.walk spells it
+
+
+def unify_spelling(name: str) -> str:
+    """Spell a name in Unicode's composed form (NFC): macOS and its archives store letters and accents apart (NFD)."""
+    if name.isascii():
+        return name
+    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "surrogateescape"))
+
+
+@cache
+def list_spellings(folder: str) -> dict[str, str]:
+    """List the names in a folder: {in NFC: as they are stored}; none where it cannot be read."""
+    try:
+        return {unify_spelling(name): name for name in os.listdir(folder)}
+    except OSError:
+        return {}
+
+
+def find_spelling(path: str) -> str:
+    """Find a path under another Unicode form of its names; as it is where there is none, or it exists."""
+    if path.isascii() or os.path.lexists(path):
+        return path
+    folder, name = os.path.split(path)
+    folder = find_spelling(folder) if name else folder
+    return os.path.join(folder, list_spellings(folder).get(unify_spelling(name), name))
 
 
 def name_recording(path: str, base: Path, pattern: str) -> str:
@@ -181,11 +212,13 @@ def name_recording(path: str, base: Path, pattern: str) -> str:
         pattern: RECORDING_PATTERN, searched in the file name without its suffix, then in the path below the class
             folder (with forward slashes); group 1 is the recording. Without a match the file name is.
     """
-    below = os.path.splitext(os.path.relpath(path, base).replace(os.sep, "/").partition("/")[2])[0]
-    stem = os.path.splitext(os.path.basename(path))[0]
-    match = re.search(pattern, stem) or re.search(pattern, below)
+    stem = unify_spelling(os.path.splitext(os.path.basename(path))[0])
+    match = re.search(pattern, stem)
+    if not match:
+        below = os.path.splitext(os.path.relpath(path, base).replace(os.sep, "/").partition("/")[2])[0]
+        match = re.search(pattern, unify_spelling(below))
     name = (match and match.group(1)) or stem
-    return os.fsencode(name).decode("utf-8", "replace")  # file names may hold bytes that are not text
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # file names may hold other bytes
 
 
 def format_table(rows: list[list[str]], delimiter: str, before: bytes, encoding: str) -> bytes:

@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import EVALUATOR, QUICK, TRAINER, make_image, read_checkpoint, read_csv, read_summary, run, write_csv
@@ -10,6 +11,8 @@ from matplotlib import colormaps
 from PIL import Image
 
 from models import checks
+from models.detector import Score
+from models.images import take_fingerprint
 from models.pixel_cache import LOOKS
 
 
@@ -26,6 +29,14 @@ def paint_voice(path, number, size=64):
     )
     levels = 0.4 + lines + 0.05 * draw.normal(size=(size, size))
     Image.fromarray((colormaps["magma"](np.clip(levels, 0, 1))[:, :, :3] * 255).astype(np.uint8)).save(path)
+
+
+def test_leak_is_found_by_file_name_too_where_a_column_names_the_recordings():
+    table = pandas.DataFrame({"path": ["a", "b"], "label": ["Original"] * 2, "recording": ["x", "y"]})
+    table["recording_by_name"] = ["seen", "new"]
+    facts = {"seen_images": torch.tensor([]), "seen_recordings": torch.tensor([take_fingerprint(b"seen")])}
+    found = checks.check_seen(table.assign(llr=1.0, is_fake=False), facts, dict.fromkeys("ab", Score(0, 0, 1, "")))
+    assert found["rows_as_recording"] == 1
 
 
 def paint_again(image, name):

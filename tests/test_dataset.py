@@ -2,10 +2,11 @@
 
 import os
 import shutil
+from unicodedata import normalize
 
 import numpy as np
 import pytest
-from conftest import QUICK, TRAINER, assert_refused, make_image, read_csv, run, run_process, write_csv
+from conftest import D0, QUICK, TRAINER, assert_refused, make_image, read_csv, run, run_process, write_csv
 from PIL import Image
 
 import train_deepfake_detector as trainer
@@ -88,6 +89,44 @@ def test_blanks_around_the_name_of_the_column_do_not_matter(project, capsys):
     (project / "more.csv").write_text("actual_output, img_path\nDeepfake,deepfake/combined/d5__clean_1.png\n")
     train_indices(project, ["more.csv"])
     assert "Held out: 1 of 1 listed images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("on_disk", "listed"), [("NFD", "NFC"), ("NFC", "NFD"), ("NFD", "NFD")])
+def test_listed_images_are_held_out_whatever_the_unicode_form(project, on_disk, listed, capsys):
+    name = "original/größe/й é__clean_1.png"
+    for number, folder in enumerate(("größe", "other")):
+        path = project / "data" / normalize(on_disk, name.replace("größe", folder).replace("_1", f"_{number}1"))
+        make_image(path, 900 + number, fake=False)
+    (project / "more.csv").write_text(f"img_path\n{normalize(listed, name.replace('_1', '_01'))}\n", encoding="utf-8")
+    train, val = train_indices(project, ["more.csv"])
+    assert (
+        "Held out: 1 of 1 listed images, 0 copies of listed images under other names, 1 other"
+        in capsys.readouterr().out
+    )
+    assert len(train) + len(val) == 2 * 16 * 2
+
+
+def test_recordings_and_sources_are_the_same_in_every_unicode_form(project, capsys):
+    (project / "more.csv").write_text(f"img_path\n{D0}\noriginal/{normalize('NFC', 'é')}__gone.png\n", encoding="utf-8")
+    for kind, form in (("original", "NFD"), ("deepfake", "NFC")):
+        make_image(project / "data" / kind / normalize(form, "größe") / "x.png", len(kind), fake=False)
+    make_image(project / "data/original" / normalize("NFD", "é__a.png"), 3, fake=False)
+    train_indices(project, ["more.csv"])
+    said = capsys.readouterr().out
+    assert "Held out: 1 of 2 listed images, 0 copies of listed images under other names, 2 other" in said
+    assert "1 sources with both classes" in said
+
+
+def test_holdout_list_most_of_whose_images_are_missing_stops_training(project):
+    listed = [row["img_path"] for row in read_csv(project / "test_data/test.csv")]
+    for name in listed[:4]:
+        (project / "data" / name).unlink()
+    assert len(train_indices(project, ["test_data/test.csv"])[0])
+    (project / "data" / listed[4]).unlink()
+    outcome = run(project, TRAINER, **QUICK)
+    assert_refused(
+        outcome, "test.csv: 5 of 8 images cannot be found, such as", listed[0], "DATA_DIR", "out of HOLDOUT_CSVS"
+    )
 
 
 def test_missing_holdout_list_is_an_error_that_names_the_way_out(project):

@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,11 +42,15 @@ def change_state(checkpoint, **changes):
     [
         (lambda c: change_state(c, **{"fc.weight": torch.zeros(3, 512), "fc.bias": torch.zeros(3)}), "3 classes"),
         (lambda c: change_state(c, **{"fc.bias": torch.full((2,), float("nan"))}), "not finite"),
-        (lambda c: {"weight": torch.zeros(3)}, "no ResNet-18"),
+        (lambda c: {"weight": torch.zeros(3)}, "holds no weights of a ResNet-18, but: weight (3)"),
+        (
+            lambda c: change_state(c, **{"conv1.weight": torch.zeros(64, 1, 7, 7)}),
+            "It holds: conv1.weight (64x1x7x7), bn1",
+        ),
         (lambda c: {**c, "format": 99}, "format 99"),
         (lambda c: {key: value for key, value in c.items() if key != "mean"}, "lacks mean"),
-        (lambda c: [1, 2, 3], "it holds a list, not a ResNet-18"),
-        (lambda c: torch.zeros(3), "it holds a Tensor, not a ResNet-18"),
+        (lambda c: [1, 2, 3], "it holds a list); needed: a .pth with the state_dict of a ResNet-18"),
+        (lambda c: torch.zeros(3), "it holds a Tensor); needed: "),
     ],
 )
 def test_wrong_checkpoints_are_refused_in_one_line(judged, change, words, tmp_path):
@@ -91,8 +97,8 @@ def test_calibration_is_sound_for_tiny_separated_constant_and_inverted_scores(ma
         assert scores.max() < 0.99
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", ""])
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", None])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "model.", "net.", "model.backbone.", ""])
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "ema", "weights", None])
 def test_bare_weights_load_under_every_usual_name(trained, tmp_path, prefix, key):
     state = {prefix + name: tensor for name, tensor in read_checkpoint(trained)["state_dict"].items()}
     torch.save({key: state} if key else state, tmp_path / "a.pth")
@@ -111,8 +117,48 @@ def test_other_kinds_of_files_are_called_by_name(trained, tmp_path):
     (tmp_path / "b.pth").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(ValueError, match="it is a safetensors file"):
         detector.load_content(tmp_path / "b.pth")
-    with pytest.raises(ValueError, match="holds no weights; its keys: epoch, optimizer"):
-        detector.find_weights({"epoch": 3, "optimizer": {}}, "c.pth")
+    content = {"epoch": 3, "net": {"features.0.weight": torch.zeros(64, 3, 3, 3), "features.0.bias": torch.zeros(64)}}
+    with pytest.raises(ValueError) as caught:
+        detector.find_weights(content, "c.pth")
+    words = "but: epoch (int), net (features.0.weight (64x3x3x3), features.0.bias (64))"
+    assert str(caught.value) == f"c.pth holds no weights of a ResNet-18, {words}"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\x89HDF\r\n\x1a\n" + bytes(500), "an HDF5 file, as Keras writes it"),
+        (b"\x08\x07\x12\x07pytorch" + bytes(500), "an ONNX file"),
+        (b"\x08\x0a\x3a\x07" + bytes(500), "an ONNX file"),
+        (pickle.dumps({"weights": [1.0]}), "a pickle of Python objects"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer"),
+        (b"\x1f\x8b\x08" + bytes(50), "a compressed file: unpack it"),
+    ],
+)
+def test_files_of_other_programs_are_called_what_they_are(tmp_path, content, kind):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        detector.load_content(tmp_path / "a.pth")
+    assert f"(it is {kind}" in str(caught.value)
+    assert str(caught.value).endswith("needed: a .pth with the state_dict of a ResNet-18, written by torch.save")
+
+
+def test_files_of_older_torch_load(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    assert detector.load_content(tmp_path / "a.pth")["a"].tolist() == [1, 1]
+
+
+def test_of_several_networks_the_usual_one_is_taken_and_said(trained, capsys):
+    state = read_checkpoint(trained)["state_dict"]
+    other = {f"module.{name}": tensor * 0 for name, tensor in state.items()}
+    content = {"ema": other, "net": state, "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 3}
+    assert torch.equal(detector.find_weights(content, Path("a.pth"))["fc.weight"], state["fc.weight"])
+    assert capsys.readouterr().out == "Note: a.pth holds several networks: net is used, not ema.module\n"
+    lightning = {
+        "state_dict": {**{f"model.{name}": tensor for name, tensor in state.items()}, "loss.weight": torch.ones(2)}
+    }
+    assert detector.find_weights(lightning, Path("a.pth")).keys() == state.keys()
+    assert capsys.readouterr().out == ""
 
 
 class Payload:

@@ -179,6 +179,23 @@ def test_recordings_are_judged_by_the_mean_of_their_parts(judged):
     assert recordings[3]["predicted_output"] == ("Original" if np.mean(parts) > 0 else "Deepfake")
 
 
+def test_recordings_are_those_of_the_column_recording(judged):
+    rows = [["img_path", "actual_output", "recording"]]
+    for kind in ("deepfake", "original"):
+        for number in range(2):
+            rows += [[f"{kind}/combined/{kind[0]}{number}__clean_{part}.png", kind, f"call {part}"] for part in (1, 2)]
+        rows[-1][2] = " "
+    write_csv(judged / "test_data/test.csv", rows)
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert outcome.status == 0, outcome.err
+    assert "test.csv: recordings by its column recording; 2 rows, where it is blank, by file name" in outcome.out
+    parts = [(row["recording"], row["parts"]) for row in read_csv(judged / "test_data/test_recordings.csv")]
+    assert parts == [("call 1", "2"), ("call 2", "1"), ("d1", "1"), ("call 1", "2"), ("call 2", "1"), ("o1", "1")]
+    (entry,) = read_summary(judged)
+    assert entry["recordings"] == 4  # of both classes together
+    assert entry["intervals_95"]
+
+
 def test_outputs_of_an_earlier_run_are_named(judged):
     add_condition(judged)
     assert run(judged, EVALUATOR, WORKERS=0).status == 0

@@ -73,6 +73,28 @@ def test_every_size_is_resized(size, tmp_path):
     assert (pixels == torch.tensor([10, 200, 90])[:, None, None]).all()
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_in_exif_is_heeded(tmp_path, suffix, orientation):
+    image = Image.fromarray(np.kron([[0, 80, 160], [40, 120, 240]], np.ones((16, 16))).astype(np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / f"a.{suffix}", exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    turned = np.asarray(image)
+    if orientation > 4:
+        turned = turned.T
+    turned = turned[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
+    expected = Image.fromarray(np.ascontiguousarray(turned)).convert("RGB")
+    expected.save(tmp_path / "b.png")
+    seen, wanted = (images.read_image(str(tmp_path / name), 64).int() for name in (f"a.{suffix}", "b.png"))
+    assert (seen - wanted).abs().max() <= (6 if suffix == "jpg" else 0)
+
+
+def test_damaged_exif_turns_nothing(tmp_path):
+    Image.fromarray(COLOUR).save(tmp_path / "a.png", exif=b"Exif\0\0no such thing")
+    assert (images.read_image(str(tmp_path / "a.png"), 64).permute(1, 2, 0).numpy() == COLOUR).all()
+
+
 def test_floating_point_images_are_refused_with_a_reason(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="save it with 8 or 16 bits"):

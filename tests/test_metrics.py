@@ -1,6 +1,7 @@
 """Metrics and intervals against independent references."""
 
 import numpy as np
+import pandas
 import pytest
 from conftest import EVALUATOR, draw_scores, read_summary, read_tsv, run, write_csv
 
@@ -96,6 +97,19 @@ def test_calibration_error_of_calibrated_and_overconfident_scores():
     is_fake = draw.random(len(llr)) < 1 / (1 + np.exp(llr))
     assert metrics.compute_ece(llr, is_fake) < 0.01
     assert metrics.compute_ece(4 * llr, is_fake) > 0.1
+
+
+def test_intervals_are_for_the_groups_that_are_shown():
+    llr, is_fake = draw_scores(240, 240)
+    label = np.where(is_fake, "Deepfake", "Original")
+    columns = {"llr": llr, "is_fake": is_fake, "label": label, "recording": [f"r{n}" for n in range(480)]}
+    table = pandas.DataFrame({**columns, "speaker": [f"s{n % 60}" for n in range(480)]})
+    parts = metrics.measure_conditions(table[::-1], ("speaker", "source"))
+    assert [bool(part["eer_interval_95"]) for part in parts] == [True] * 40 + [False] * 20
+    for part in parts[::20]:
+        group = table[table["speaker"] == part["value"]]
+        expected = metrics.measure(group["llr"].to_numpy(), group["is_fake"].to_numpy())
+        assert (part["eer"], part["accuracy"], part["rows"]) == (expected["eer"], expected["accuracy"], 8)
 
 
 def test_report_breaks_down_by_condition_worst_first(judged):

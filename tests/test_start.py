@@ -133,7 +133,7 @@ def test_weights_from_a_path_fill_all_but_the_head(weights_file, tmp_path, kind)
     [
         ("missing", "PRETRAINED: no file {path} (allowed: IMAGENET1K_V1, the path of a .pth, or None)"),
         ("text", "{path} is not a checkpoint, or is damaged ("),
-        ("other network", "PRETRAINED: not a ResNet-18 (layer.weight)"),
+        ("other network", "{path} holds no weights of a ResNet-18, but: layer.weight (3)"),
     ],
 )
 def test_path_that_fails_is_an_error_in_one_line(project, content, words):

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import zipfile
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from conftest import (
@@ -173,6 +174,22 @@ def test_name_too_long_for_the_reports_is_refused_before_anything_is_judged(judg
     outcome = run(judged, EVALUATOR, WORKERS=0, CSV_FILES=[f"test_data/{'语' * 80}.csv"])
     assert_refused(outcome, "the name is too long for the files that belong to it")
     assert "Judged" not in outcome.out
+
+
+@pytest.mark.parametrize(("on_disk", "listed"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_images_are_found_whatever_the_unicode_form(tmp_path, on_disk, listed):
+    path = tmp_path / normalize(on_disk, "größe/и й/é.png")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert tables.resolve_image(tmp_path, normalize(listed, "größe\\и й/é.png")) == str(path)
+    assert tables.resolve_image(tmp_path, normalize(listed, "größe/ö.png")) == str(
+        path.parent.parent / normalize(listed, "ö.png")
+    )
+    names = {
+        tables.name_recording(normalize(form, f"{tmp_path}/o/größe__1.png"), tmp_path, r"^(ö|.*?)__")
+        for form in ("NFC", "NFD")
+    }
+    assert names == {normalize("NFC", "größe")}
 
 
 HEADER = ["img_path", "recording", "start_s"]
