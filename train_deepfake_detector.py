@@ -523,8 +523,8 @@ def main() -> int:
         raise ValueError(f"BATCH_SIZE = {BATCH_SIZE} (allowed: at least 2 for each of {team.size} processes)")
     compute = runtime.choose_compute(PRECISION)
 
-    listed = dataset.list_holdout([here / path for path in HOLDOUT_CSVS], data_dir, CSV_ENCODING)
     folder = dataset.find_images(data_dir)
+    listed = dataset.list_holdout([here / path for path in HOLDOUT_CSVS], data_dir, CSV_ENCODING)
     folder.cache = PixelCache(here / CACHE_DIR, IMAGE_SIZE, CACHE_GB * 1e9)
     state = team.share(load_state(outputs.state) if RESUME and team.rank == 0 else None)
     start = Start(**state["start"]) if state else team.share(choose_start(PRETRAINED, here) if team.rank == 0 else None)
