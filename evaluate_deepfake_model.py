@@ -179,7 +179,9 @@ def describe_recordings(
     merged["seconds"] = [count_seconds([scores[path].span for path in paths]) for paths in merged["paths"]]
     for name, label, side in (("originals_below", "Original", 1), ("deepfakes_above", "Deepfake", -1)):
         values = np.sort(beyond[label].numpy() * side) if beyond else None
-        merged[name] = np.searchsorted(values, side * llr, "right") / len(values) if beyond else ""
+        merged[name] = (
+            np.searchsorted(values, (side * llr).astype(values.dtype), "right") / len(values) if beyond else ""
+        )
     differs = [sum(path in unlike for path in paths) > UNLIKE_FRACTION * len(paths) for paths in merged["paths"]]
     merged["rendering"] = np.where(differs, "differs", "")
     return merged
@@ -357,7 +359,8 @@ def main() -> int:
         print(f"{job.name}: {len(job.images):,} rows; labels: {labels}")
         if job.recordings is not None:
             blank = len(job.images) - len(job.recordings)
-            print(f"{job.name}: recordings by its column recording; {blank:,} rows, where it is blank, by file name")
+            also = f"; in {blank:,} rows, where it is blank, by file name" * bool(blank)
+            print(f"{job.name}: recordings are told apart by its column recording{also}")
 
     paths = list(dict.fromkeys(path for job in jobs for path in job.images.values()))
     scores = score_images(team.share(paths), model, compute, settings, team)

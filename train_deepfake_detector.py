@@ -60,13 +60,13 @@ IMAGE_SIZE = 112  # pixels, width and height of the network's input; 32 or more;
 VAL_FRACTION = 0.12  # fraction of the images used for validation; between 0 and 1
 MAX_UNREADABLE = 0.01  # fraction of the images that may be unreadable before the run stops; 0 to 1
 # Model
-PRETRAINED = "IMAGENET1K_V1"  # torchvision's ImageNet weights, the path of a .pth, or None: random weights
+PRETRAINED = "models/speech_resnet18.pth"  # a detector or other .pth, "IMAGENET1K_V1": torchvision's, or None: random
 # Training
-EPOCHS = 40
+EPOCHS = 8
 EPOCH_IMAGES = 5_000  # images drawn for an epoch, at most; fewer where there are fewer
 TIME_CROP = 0.5  # fraction of an image's width, at a random position, that a training step uses; 0.01 to 1
 BATCH_SIZE = 64  # images
-LEARNING_RATE = None  # peak of the schedule; None: 1e-3 from random weights, 3e-4 from ImageNet's, 1e-4 from a detector
+LEARNING_RATE = None  # peak of the schedule; None: 1e-3 from random weights, 3e-4 from others'
 WEIGHT_DECAY = 0.05  # of AdamW
 LABEL_SMOOTHING = 0.05  # 0 to below 1
 PATIENCE = 20  # epochs without a lower validation loss after which training stops
@@ -553,10 +553,10 @@ def train(here: Path, settings: dict, outputs: Outputs, team: Team) -> int:
         raise ValueError(f"BATCH_SIZE = {BATCH_SIZE} (allowed: at least 2 for each of {team.size} processes)")
     compute = runtime.choose_compute(settings["PRECISION"])
 
+    folder = dataset.find_images(data_dir)
     listed = dataset.list_holdout(
         [here / path for path in settings["HOLDOUT_CSVS"]], data_dir, settings["CSV_ENCODING"]
     )
-    folder = dataset.find_images(data_dir)
     folder.cache = PixelCache(here / settings["CACHE_DIR"], settings["IMAGE_SIZE"], settings["CACHE_GB"] * 1e9)
     state = team.share(load_state(outputs.state) if settings["RESUME"] and team.rank == 0 else None)
     chosen_start = choose_start(settings["PRETRAINED"], here) if team.rank == 0 and not state else None

@@ -31,11 +31,11 @@ BARE_FACTS = {  # assumed where a file holds weights only
 }
 USUAL_KEYS = ("state_dict", "model_state_dict", "model", "net", "ema")  # of weights, the likeliest first
 FOREIGN_FILES = {  # how the files of other programs begin
+    rb".{8}\{.{0,100000}\"data_offsets\"": "a safetensors file",
     rb"\s*<": "a web page",
     rb"version https://git-lfs": "a Git LFS pointer: get the file itself with git lfs pull",
     rb"\x89HDF": "an HDF5 file, as Keras writes it (.h5)",
     rb"\x08.[\x12\x1a\x22\x3a]": "an ONNX file",
-    rb".{8}\{.{0,100000}\"data_offsets\"": "a safetensors file",
     rb".{4}TFL3": "a TensorFlow Lite file",
     rb"\x93NUMPY": "a NumPy array (.npy)",
     rb"GGUF": "a GGUF file",

@@ -171,7 +171,7 @@ def measure_conditions(table: pandas.DataFrame, columns: tuple[str, ...]) -> lis
         if column not in table or table[column].nunique() < 2:
             continue
         groups = []
-        for value, part in tqdm(table.groupby(column), f"Measuring by {column}", unit=" groups", disable=None):
+        for value, part in tqdm(table.groupby(column), f"Measuring by {column}", leave=False, disable=None):
             own = measured = part.index.to_numpy()
             if part["is_fake"].nunique() == 1:
                 measured = np.append(own, np.flatnonzero(is_fake != is_fake[own[0]]))
@@ -183,7 +183,7 @@ def measure_conditions(table: pandas.DataFrame, columns: tuple[str, ...]) -> lis
                 entry["eer"] = float(compute_eer(*errors)[0])
             groups.append((entry, measured))
         groups.sort(key=lambda group: -(group[0]["eer"] or 0))
-        for entry, measured in tqdm(groups[:SHOWN_GROUPS], f"Intervals by {column}", unit=" groups", disable=None):
+        for entry, measured in tqdm(groups[:SHOWN_GROUPS], f"Intervals by {column}", leave=False, disable=None):
             draws = max(200, min(1000, 200_000_000 // len(measured) // SHOWN_GROUPS))
             intervals = estimate_intervals(llr[measured], is_fake[measured], owners[measured].tolist(), draws)
             entry["eer_interval_95"] = intervals.get("eer")

@@ -188,7 +188,7 @@ def test_recordings_are_those_of_the_column_recording(judged):
     write_csv(judged / "test_data/test.csv", rows)
     outcome = run(judged, EVALUATOR, WORKERS=0)
     assert outcome.status == 0, outcome.err
-    assert "test.csv: recordings by its column recording; 2 rows, where it is blank, by file name" in outcome.out
+    assert "by its column recording; in 2 rows, where it is blank, by file name\n" in outcome.out
     parts = [(row["recording"], row["parts"]) for row in read_csv(judged / "test_data/test_recordings.csv")]
     assert parts == [("call 1", "2"), ("call 2", "1"), ("d1", "1"), ("call 1", "2"), ("call 2", "1"), ("o1", "1")]
     (entry,) = read_summary(judged)
