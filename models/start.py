@@ -18,7 +18,7 @@ from models import detector
 from models.detector import CLASSES
 
 DOWNLOAD_TIMEOUT_S = 30  # without a single byte; torch.hub itself would wait for ever
-RATE_FROM_RANDOM, RATE_FROM_OTHERS = 1e-3, 3e-4  # where LEARNING_RATE is None
+RATE_FROM_RANDOM, RATE_FROM_IMAGENET, RATE_FROM_DETECTOR = 1e-3, 3e-4, 5e-4  # where LEARNING_RATE is None
 INHERITED = ("classes", "image_size", "seen_images", "seen_recordings", "appearance")  # from the start's checkpoint
 
 
@@ -46,10 +46,11 @@ def choose_start(pretrained: Optional[str], here: Path) -> Start:
             raise ValueError(f"PRETRAINED: no file {path} (allowed: {names}, the path of a .pth, or None)")
         content = detector.load_content(path)
         facts = {name: content[name] for name in INHERITED if name in content}
-        return Start(f"file {path.name}", RATE_FROM_OTHERS, detector.find_weights(content, path), facts)
+        rate = RATE_FROM_DETECTOR if facts else RATE_FROM_IMAGENET
+        return Start(f"file {path.name}", rate, detector.find_weights(content, path), facts)
     try:
         weights = fetch_weights(ResNet18_Weights[pretrained], DOWNLOAD_TIMEOUT_S)
-        return Start(pretrained, RATE_FROM_OTHERS, weights)
+        return Start(pretrained, RATE_FROM_IMAGENET, weights)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"WARNING: NO PRETRAINED WEIGHTS. {pretrained} could not be downloaded ({reason}).")

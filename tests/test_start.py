@@ -160,7 +160,7 @@ def test_start_from_a_detector_keeps_its_head_and_what_it_has_seen(trained, tmp_
     assert outcome.status == 0, outcome.err
     assert "WARNING: PRETRAINED has seen 1 of the held-out images and 1 of their recordings" in outcome.out
     after = read_checkpoint(tmp_path)
-    assert after["settings"]["LEARNING_RATE"] == 1e-4
+    assert after["settings"]["LEARNING_RATE"] == 5e-4
     for name in ("seen_images", "seen_recordings"):
         assert set(before[name].tolist()) <= set(after[name].tolist())
 
