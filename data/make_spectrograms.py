@@ -32,7 +32,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from laundering import LAUNDERING, Draw, Laundering, launder  # noqa: E402
 from pictures import Format, draw_parts, encode_png, fill_up, place_parts, read_notes  # noqa: E402
-from recordings import AUDIO_SUFFIXES, FOREIGN_SUFFIXES, SILENCE, has_soundfile, is_audio, read_audio  # noqa: E402
+from recordings import AUDIO_SUFFIXES, FOREIGN_SUFFIXES, SILENCE, check_soundfile, is_audio, read_audio  # noqa: E402
 from resynthesis import RESYNTHESES  # noqa: E402
 
 from models import runtime  # noqa: E402
@@ -343,10 +343,10 @@ def choose_conditions(settings: dict) -> tuple[dict[str, list[str]], list[str]]:
     """Choose the copies to make, as `plan_pictures` takes them; without soundfile, a line for what needs it."""
     conditions, fakes = (list(dict.fromkeys(settings[name])) for name in ("CONDITIONS", "FAKES"))
     problems = []
-    if not has_soundfile():
+    if check_soundfile():
         lacking = [name for name in (*conditions, *fakes) if {"codec", "any"} & {*name.split("+")}]
         if lacking:
-            problems.append(f"condition {', '.join(lacking)}: codecs need soundfile: pip install soundfile")
+            problems.append(f"condition {', '.join(lacking)}: codecs need soundfile; {check_soundfile()}")
         conditions, fakes = ([c for c in names if c not in lacking] for names in (conditions, fakes))
     return {"original": conditions, "deepfake": conditions, "unknown": ["clean"], "fakes": fakes}, problems
 
@@ -380,9 +380,9 @@ def main() -> int:
     if not recordings:
         hint = f"put genuine recordings into {audio_dir / 'original'}, fakes into {audio_dir / 'deepfake'}, "
         raise ValueError("; ".join([*problems, f"no audio: {hint}and those to judge into {audio_dir / 'unknown'}"]))
-    if not has_soundfile():
+    if fault := check_soundfile():
         others = sum(not recording.path.lower().endswith((".wav", ".wave")) for recording in recordings)
-        print(f"soundfile is not installed (pip install soundfile): {others:,} files that are not WAV need it")
+        print(f"{fault}: {others:,} files that are not WAV need it")
     conditions, missing = choose_conditions(settings)
     problems += missing
     pictures = plan_pictures(recordings, conditions, data_dir)

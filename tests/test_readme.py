@@ -68,7 +68,8 @@ LAYERS = [  # each may import what stands below it, and what stands before it in
     [TRAINER, EVALUATOR, MAKER],
     ["models/checks.py", "models/figures.py", "models/report.py", "data/laundering.py", "data/pictures.py"],
     ["models/tables.py", "models/metrics.py", "models/pixel_cache.py", "models/dataset.py", "data/resynthesis.py"],
-    ["models/images.py", "models/detector.py", "models/start.py", "models/gradients.py", "data/recordings.py"],
+    ["models/images.py", "models/detector.py", "models/start.py", "models/gradients.py"],
+    ["data/containers.py", "data/recordings.py"],
     ["models/runtime.py"],
 ]
 
