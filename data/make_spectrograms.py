@@ -42,7 +42,7 @@ from copies import (  # noqa: E402
 from laundering import LAUNDERING, Laundering  # noqa: E402
 from making import Recipe, Share, Tally, find_share, make_all  # noqa: E402
 from pictures import Format  # noqa: E402
-from recordings import AUDIO_SUFFIXES, FOREIGN_SUFFIXES, has_soundfile, is_audio  # noqa: E402
+from recordings import AUDIO_SUFFIXES, FOREIGN_SUFFIXES, check_soundfile, is_audio  # noqa: E402
 from resynthesis import RESYNTHESES  # noqa: E402
 
 from models import runtime, script  # noqa: E402
@@ -151,7 +151,8 @@ def choose_test_speakers(recordings: list[Recording], fraction: float, seed: int
 def choose_conditions(settings: dict) -> tuple[dict[str, list[str]], list[str]]:
     """Choose the copies of each kind, as `plan_pictures` takes them; those that need soundfile, if it is not there."""
     conditions, fakes = (list(dict.fromkeys(settings[name])) for name in ("CONDITIONS", "FAKES"))
-    lacking = [] if has_soundfile() else [c for c in (*conditions, *fakes) if {"codec", "any"} & {*c.split("+")}]
+    fault = check_soundfile()
+    lacking = [c for c in (*conditions, *fakes) if {"codec", "any"} & {*c.split("+")}] if fault else []
     return {"original": conditions, "deepfake": conditions, "unknown": ["clean"], "fakes": fakes}, lacking
 
 
@@ -180,9 +181,9 @@ def find_all(audio_dir: Path) -> tuple[list[Recording], dict[str, list[str]], di
         hint = f"put genuine recordings into {audio_dir / 'original'}, fakes into {audio_dir / 'deepfake'}, "
         lines = [line for kind in problems.values() for line in kind]
         raise ValueError("; ".join([*lines, f"no audio: {hint}and those to judge into {audio_dir / 'unknown'}"]))
-    if not has_soundfile():
+    if fault := check_soundfile():
         others = sum(not recording.path.lower().endswith((".wav", ".wave")) for recording in recordings)
-        print(f"soundfile is not installed (pip install soundfile): {others:,} files that are not WAV need it")
+        print(f"{fault}: {others:,} files that are not WAV need it")
     return recordings, problems, ignored
 
 

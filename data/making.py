@@ -26,7 +26,7 @@ import numpy as np
 from copies import Image, Picture, Recording
 from laundering import Draw, Laundering, launder
 from pictures import Format, draw_parts, encode_png, fill_up, place_parts
-from recordings import SILENCE, count_voices, read_audio
+from recordings import SILENCE, find_voices, read_audio
 
 from models import runtime
 
@@ -93,8 +93,8 @@ def make_recording(pictures: list[Picture], recipe: Recipe) -> Made:
     recording, form, rate = pictures[0].recording, recipe.form, recipe.form.sample_rate
     images, failed, seconds, silent = defaultdict(list), [], 0.0, 0
     try:
-        voices = count_voices(recording.path)
-        channels = range(1, voices + 1) if voices > 1 and recording.kind == "unknown" else (0,)
+        voices = find_voices(recording.path)
+        channels = voices if recording.kind == "unknown" else [None]
     except Exception as error:  # decoders raise many kinds; every one is reported by name
         return Made(recording.kind, failed=(f"{recording.path}: {explain(error)}",))
     for channel in channels:
@@ -112,14 +112,14 @@ def make_recording(pictures: list[Picture], recipe: Recipe) -> Made:
         seconds, silent = seconds + len(samples) / rate, silent + len(starts) - len(loud)
         notes = {"audio": recipe.root, "recording": recording.place.partition("/")[2]}
         notes["recording_crc32"] = recording.checksum
-        if channel:
-            notes |= {"channel": channel, "channels": len(channels)}
+        if channel is not None:
+            notes |= {"channel": channel + 1, "channels": len(channels)}
         for picture in pictures:
             try:
                 images[str(picture.stem)] += make_picture(picture, samples, loud, notes, recipe)
             except Exception as error:
                 failed.append(f"{recording.path} ({picture.condition}): {explain(error)}")
-    return Made(recording.kind, seconds, silent, dict(images), tuple(failed), recording.path if voices > 1 else "")
+    return Made(recording.kind, seconds, silent, dict(images), tuple(failed), recording.path if len(voices) > 1 else "")
 
 
 def explain(error: Exception) -> str:

@@ -105,16 +105,16 @@ def compute_channels(samples: np.ndarray, form: Format) -> np.ndarray:
     """
     frames = np.lib.stride_tricks.sliding_window_view(samples, form.window)[:: form.hop]
     columns = len(frames) // WINDOWS_PER_COLUMN
-    blocks = [
-        compute_block(frames, start, min(start + COLUMNS_AT_ONCE, columns), form)
-        for start in range(0, columns, COLUMNS_AT_ONCE)
-    ]
-    power, *regularities = (np.concatenate(parts, axis=1) for parts in zip(*blocks))
-    level_db = 10 * np.log10(np.maximum(power, power.max() * 10 ** (-DYNAMIC_RANGE_DB / 10)))
-    level_db -= level_db.mean(axis=1, keepdims=True)
+    power, channels = np.empty((form.image_size, columns)), np.empty((3, form.image_size, columns), np.float32)
+    for start in range(0, columns, COLUMNS_AT_ONCE):
+        own = slice(start, min(start + COLUMNS_AT_ONCE, columns))
+        power[:, own], channels[1, :, own], channels[2, :, own] = compute_block(frames, own.start, own.stop, form)
+    silence = power.max() * 10 ** (-DYNAMIC_RANGE_DB / 10)
     darkest, brightest = form.db_range
-    level = np.clip((level_db - darkest) / (brightest - darkest), 0, 1).astype(np.float32)
-    return np.stack([level, *regularities])
+    for row, level in zip(power, channels[0]):  # row by row, for an hour of audio fills gigabytes
+        level_db = 10 * np.log10(np.maximum(row, silence))
+        level[:] = np.clip((level_db - level_db.mean() - darkest) / (brightest - darkest), 0, 1)
+    return channels
 
 
 def compute_block(frames: np.ndarray, start: int, stop: int, form: Format) -> tuple[np.ndarray, ...]:
@@ -165,9 +165,11 @@ def draw_parts(samples: np.ndarray, starts: list[int], form: Format) -> list[np.
     Returns:
         uint8 arrays, shape (image_size, image_size, 3), RGB of `levels` values a channel, highest frequency on top.
     """
-    steps = np.round(compute_channels(samples, form) * (form.levels - 1))
-    pixels = np.round(steps * (255 / (form.levels - 1))).astype(np.uint8).transpose(1, 2, 0)[::-1]
-    return [pixels[:, start : start + form.image_size] for start in starts]
+    channels, parts = compute_channels(samples, form), []
+    for start in starts:
+        steps = np.round(channels[:, ::-1, start : start + form.image_size] * (form.levels - 1))
+        parts.append(np.round(steps * (255 / (form.levels - 1))).astype(np.uint8).transpose(1, 2, 0))
+    return parts
 
 
 def encode_png(part: np.ndarray, notes: dict) -> bytes:

@@ -24,6 +24,7 @@ from scipy.io import wavfile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import containers  # noqa: E402
 import laundering  # noqa: E402
 import pictures  # noqa: E402
 import recordings  # noqa: E402
@@ -202,6 +203,15 @@ def make_draw(seed, others=()):
     """What a laundering depends on, for a seed."""
     rng = np.random.default_rng(seed)
     return laundering.Draw(RATE, rng, LAUNDERING, others, lambda path: recordings.read_audio(path, RATE)[0])
+
+
+@pytest.fixture
+def without_soundfile(monkeypatch: pytest.MonkeyPatch):
+    """As if the package soundfile were not installed."""
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    containers.try_soundfile.cache_clear()
+    yield
+    containers.try_soundfile.cache_clear()
 
 
 # ---- Results

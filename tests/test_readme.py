@@ -69,8 +69,11 @@ LAYERS = [  # each may import what stands below it, and what stands before it in
     ["data/copies.py", "data/making.py"],
     ["models/checks.py", "models/figures.py", "models/report.py", "data/laundering.py", "data/pictures.py"],
     ["models/tables.py", "models/metrics.py", "models/pixel_cache.py", "models/dataset.py", "data/resynthesis.py"],
-    ["models/images.py", "models/detector.py", "models/start.py", "models/gradients.py", "data/recordings.py"],
-    ["models/runtime.py", "models/script.py"],
+    ["models/images.py", "models/detector.py", "models/start.py", "models/gradients.py"],
+    ["data/recordings.py"],
+    ["data/containers.py"],
+    ["models/script.py"],
+    ["models/runtime.py"],
 ]
 
 

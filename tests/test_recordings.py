@@ -1,11 +1,13 @@
 """Recordings: every format, rate and number of channels is read as people hear it; what cannot be is named."""
 
+import containers
 import numpy as np
 import pytest
 import recordings
 import soundfile
-from conftest import CLEAN, MAKER, cut, find_row, list_images, make_tone, run, write_wav
+from conftest import CLEAN, MAKER, RATE, cut, find_row, list_images, make_tone, make_voice, run, write_wav
 from scipy.io import wavfile
+from scipy.signal import fftconvolve, resample_poly
 
 
 def read_mono(path):
@@ -44,14 +46,13 @@ def test_broken_files_are_named_and_passed(tmp_path):
     assert "shorter than WINDOW_S" in outcome.err
 
 
-def test_files_that_need_soundfile_are_counted_and_named_without_it(tmp_path, monkeypatch):
+def test_files_that_need_soundfile_are_counted_and_named_without_it(tmp_path, without_soundfile):
     write_wav(tmp_path / "data/audio/original/a.wav", make_tone(1000, 1.9))
     (tmp_path / "data/audio/original/b.flac").write_bytes(b"fLaC")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     outcome = run(tmp_path, MAKER, **CLEAN)
     assert outcome.status == 1
     assert "soundfile is not installed (pip install soundfile): 1 files that are not WAV need it" in outcome.out
-    assert "b.flac: it needs the package soundfile" in outcome.err
+    assert "b.flac: it needs the package soundfile: soundfile is not" in outcome.err
     assert [path.name for path in (tmp_path / "data/original/combined").iterdir()] == ["a__clean.png"]
 
 
@@ -108,8 +109,8 @@ def test_two_channels_give_the_picture_of_the_voice(tmp_path, second):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda wav: wav[:44], "it holds no samples (or its header promises none)"),
-        (lambda wav: wav[:40] + bytes(4) + wav[44:], "it holds no samples (or its header promises none)"),
+        (lambda wav: wav[:44], "its header promises 1.9 s, but only 0.0 s can be decoded: "),
+        (lambda wav: wav[:40] + bytes(4) + b"LIST\4\0\0\0INFO", "it holds no samples (or its header promises none)"),
         (lambda wav: wav[:24] + bytes(4) + wav[28:], "its header is invalid (a sample rate of 0?)"),
         (lambda wav: wav[:30], "it cannot be decoded ("),
         (lambda wav: b"", "it cannot be decoded ("),
@@ -123,3 +124,77 @@ def test_damaged_files_are_named_in_plain_words(tmp_path, change, words):
     assert outcome.status == 1
     assert outcome.err.startswith(f"left out: {path}: {words}")
     assert len(outcome.err.splitlines()) == 1
+
+
+# ---- Blocks
+
+
+@pytest.mark.parametrize("rate", [16000, 44100, 8000, 11127])
+@pytest.mark.parametrize("block", [256, 1000, 30000])
+def test_blocks_of_any_size_give_the_samples_of_the_whole(tmp_path, monkeypatch, rate, block):
+    voices = np.stack([make_voice(1, 3.0), make_voice(2, 3.0), np.zeros(3 * 16000)], axis=1) * [0.5, 0.3, 1] + 0.01
+    soundfile.write(tmp_path / "a.wav", voices, rate, "DOUBLE")
+    mono = voices[:, :2].mean(axis=1)
+    mono -= mono.mean()
+    expected = resample_poly(mono, 16000, rate) / np.abs(mono).max()
+    monkeypatch.setattr(containers, "BLOCK", block)
+    monkeypatch.setattr(recordings, "BLOCK", block)
+    monkeypatch.setattr(recordings, "KEPT", 2 * block)
+    samples, peak = recordings.read_audio(tmp_path / "a.wav", 16000)
+    assert peak == np.abs(mono).max()
+    assert np.array_equal(samples, expected)
+
+
+@pytest.mark.parametrize(("container", "subtype"), [("MP3", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", None)])
+def test_compressed_files_decode_in_blocks_as_in_one(tmp_path, monkeypatch, container, subtype):
+    soundfile.write(tmp_path / "a", make_voice(1, 3.0) / 2, 24000, subtype, format=container)
+    expected = soundfile.read(tmp_path / "a", always_2d=True)[0]
+    monkeypatch.setattr(containers, "BLOCK", 7001)
+    (piece,) = containers.open_pieces(str(tmp_path / "a"))
+    assert np.array_equal(np.concatenate(list(piece.decode())), expected)
+
+
+# ---- Channels
+
+
+def make_call(first, second, crosstalk=0.0):
+    """Two people who speak by turns of 1 s, one on each channel."""
+    turn = np.arange(len(first)) // RATE % 2 == 0
+    first, second = first * turn, second * ~turn
+    return np.stack([first + crosstalk * second, second + crosstalk * first], axis=1)
+
+
+ONE, OTHER = make_voice(1, 8.0), make_voice(2, 8.0)
+ECHO = np.random.default_rng(3).normal(size=(2, 6400)) * 10 ** (-3 * np.arange(6400) / 6400)
+HISS = np.random.default_rng(4).normal(size=len(ONE))
+
+
+@pytest.mark.parametrize(
+    ("channels", "voices"),
+    [
+        (make_call(ONE, OTHER), [0, 1]),
+        (make_call(ONE, OTHER, 0.1), [0, 1]),
+        (np.c_[make_call(ONE, OTHER, 0.1), 0 * ONE], [0, 1]),
+        (make_call(ONE, OTHER, 0.1) + 0.003 * np.c_[HISS, HISS[::-1]], [0, 1]),
+        (np.c_[ONE], [None]),
+        (np.c_[ONE, ONE], [None]),
+        (np.c_[ONE, -0.1 * ONE], [None]),
+        (np.c_[ONE, np.roll(ONE, 80)], [None]),
+        (np.c_[ONE, 0 * ONE], [None]),
+        (np.c_[ONE, 0.001 * OTHER], [None]),
+        (np.c_[ONE, 0.01 * HISS], [None]),
+        (np.stack([fftconvolve(ONE, echo)[: len(ONE)] for echo in ECHO], axis=1), [None]),
+        (np.c_[ONE + 0.5 * OTHER, 0.5 * ONE + OTHER], [None]),
+    ],
+)
+def test_channels_with_a_voice_each_are_told_from_stereo(tmp_path, channels, voices):
+    soundfile.write(tmp_path / "a.wav", channels / np.abs(channels).max(), RATE, "FLOAT")
+    assert recordings.find_voices(tmp_path / "a.wav") == voices
+
+
+def test_one_channel_is_read_alone(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.c_[ONE, OTHER] / 2, RATE, "FLOAT")
+    for channel, voice in enumerate((ONE, OTHER)):
+        soundfile.write(tmp_path / "b.wav", voice / 2, RATE, "FLOAT")
+        alone = recordings.read_audio(tmp_path / "a.wav", RATE, channel)[0]
+        assert np.array_equal(alone, read_mono(tmp_path / "b.wav"))
