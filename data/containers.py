@@ -15,7 +15,7 @@ import shlex
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Callable, NamedTuple, Optional, Union
 
 import numpy as np
@@ -25,13 +25,10 @@ TOLERANCE_S = 0.1  # s by which a header may be wrong
 STREAMED = 0x7FFF0000  # bytes: programs that write into a pipe put such sizes or larger ones, for they don't know them
 WAV_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "u1", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}
 PIECES = {"WAV": rb"RIFF....WAVE", "FLAC": rb"fLaC[\0\x80]\0\0\x22"}  # how a piece begins
-KBPS = {  # by whether it is MPEG 1, and layer
-    (True, 1): range(0, 449, 32),
-    (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
-    (True, 3): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    (False, 1): (0, 32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
-    (False, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-}
+KBPS = (  # of an MP3's frames: MPEG 2 and 2.5; MPEG 1
+    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+)
 
 
 class Piece(NamedTuple):
@@ -95,7 +92,7 @@ def open_pieces(path: str) -> list[Piece]:
         if kind in ("MP3", "FLAC", "OGG"):
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 if kind == "MP3":
-                    sources = join_mpeg(path, data, frames)
+                    sources = [b"".join(parts)] if (parts := join_mp3(path, data, frames)) else []
                 else:
                     limits = split_at(PIECES[kind], data) if kind == "FLAC" else split_ogg(path, data, frames / rate)
                     sources = [data[start:stop] for start, stop in limits] if len(limits) > 1 else []
@@ -160,7 +157,7 @@ def open_wav(path: str, data: mmap.mmap, start: int, stop: int) -> Optional[Piec
         size = stop - at
     elif size > stop - at:
         compare_length(path, size / width / rate, (stop - at) / width / rate)
-    elif after < stop:
+    elif data[after:stop].strip(b"\0"):
         compare_length(path, size / width / rate, (size + stop - after) / width / rate)
     count = min(size, stop - at) // width
     return Piece(rate, channels, partial(decode_wav, path, at, count, (WAV_TYPES[tag, bits], bits, channels)))
@@ -257,7 +254,7 @@ def split_ogg(path: str, data: mmap.mmap, seconds: float) -> list[tuple[int, int
             starts.append(at)
         in_header, count = is_first, data[at + 26]
         at += 27 + count + sum(data[at + 27 : at + 27 + count])
-    if at != len(data):
+    if at > len(data) or data[at:].strip(b"\0"):
         held = f"after {seconds:.1f} s " if seconds < 2**40 else ""
         raise ValueError(f"it ends {held}in the middle of a page, it was cut off: {advise_repair(path)}")
     return list(zip(starts, [*starts[1:], at]))
@@ -267,81 +264,69 @@ def split_ogg(path: str, data: mmap.mmap, seconds: float) -> list[tuple[int, int
 
 
 class Frame(NamedTuple):
-    """What the header of an MPEG audio frame says."""
+    """What the header of an MP3's frame says."""
 
-    kind: tuple[int, int, int]  # version, layer, Hz
+    kind: tuple[int, bool, bool]  # Hz, mono, MPEG 1
     length: int  # bytes
     samples: int
 
 
-@cache
-def parse_frame(second: int, third: int) -> Optional[Frame]:
-    """Parse a frame's header by its second and third byte (ISO 11172-3, 2.4.1.3); None: it isn't one."""
-    version, layer, rate = second >> 3 & 3, 4 - (second >> 1 & 3), third >> 2 & 3
-    if second < 224 or version == 1 or layer == 4 or third >> 4 in (0, 15) or rate == 3:
+@lru_cache(4096)
+def parse_frame(first: int, second: int, third: int, fourth: int) -> Optional[Frame]:
+    """Parse the header of an MP3's frame (ISO 11172-3, 2.4.1.3); None: it isn't one."""
+    version, rate, bit_rate = second >> 3 & 3, third >> 2 & 3, third >> 4
+    if first < 255 or second & 0xE6 != 0xE2 or version == 1 or rate == 3 or bit_rate in (0, 15):
         return None
-    hertz = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
-    samples = 384 if layer == 1 else 1152 if layer == 2 or version == 3 else 576
-    kbps = KBPS[version == 3, layer if version == 3 else min(layer, 2)][third >> 4]
-    slot = 4 if layer == 1 else 1
-    length = (samples // 8 // slot * kbps * 1000 // hertz + (third >> 1 & 1)) * slot
-    return Frame((version, layer, hertz), length, samples)
+    hertz = (44100, 48000, 32000)[rate] >> (2, 0, 1, 0)[version]
+    samples = 1152 if version == 3 else 576
+    length = samples // 8 * KBPS[version == 3][bit_rate] * 1000 // hertz + (third >> 1 & 1)
+    return Frame((hertz, fourth >> 6 == 3, version == 3), length, samples)
 
 
-def find_frames(data: mmap.mmap) -> list[tuple[int, Frame]]:
-    """Find the frames of MPEG audio, past tags and what else lies between them."""
+def find_frames(data: mmap.mmap) -> Iterator[tuple[int, Frame]]:
+    """Find where each frame of an MP3 starts and what its header says, past tags and what else lies between them."""
 
     def parse(at: int) -> Optional[Frame]:
-        return parse_frame(data[at + 1], data[at + 2]) if at + 4 <= len(data) and data[at] == 255 else None
+        return parse_frame(*data[at : at + 4]) if at + 4 <= len(data) else None
 
-    frames, at, kind = [], 0, None
+    at, kind = 0, None
     while 0 <= at < len(data):
         frame = parse(at)
-        if frame and at + frame.length <= len(data):
-            following = parse(at + frame.length)
-            if frame.kind == kind or (following and following.kind == frame.kind):
-                frames.append((at, frame))
-                at, kind = at + frame.length, frame.kind
-                continue
-        kind = None  # until two frames in a row fit
-        if data[at : at + 3] == b"ID3":
-            size = data[at + 6 : at + 10]
-            at += 10 + sum(byte << shift for byte, shift in zip(size, (21, 14, 7, 0)))
+        end = at + (frame.length if frame else 0)
+        if frame and end <= len(data) and frame.kind in (kind, getattr(parse(end), "kind", None)):
+            yield at, frame
+            at, kind = end, frame.kind
+        elif data[at : at + 3] == b"ID3":
+            at, kind = at + 10 + sum(byte << shift for byte, shift in zip(data[at + 6 : at + 10], (21, 14, 7, 0))), None
         else:
-            at = data.find(b"\xff", at + 1)
-    return frames
+            at, kind = data.find(b"\xff", at + 1), None
 
 
-def join_mpeg(path: str, data: mmap.mmap, expected: int) -> list[bytes]:
+def join_mp3(path: str, data: mmap.mmap, expected: int) -> list[bytes]:
     """Join MP3s that follow each other, under a header that says how long they are; empty: the file is right as it is.
 
     Args:
         expected: samples that libsndfile expects, by the first header, or else by the first frame and the file's size.
     """
-    audio, promised, headers, kinds = [], 0, 0, {}
+    audio, headers, kinds = [], [], {}
     for at, frame in find_frames(data):
-        kinds[frame.kind, data[at + 3] >> 6 == 3] = None
-        head = data[at : at + 60]
-        tag = re.search(rb"Xing|Info|VBRI", head[:40])
-        if tag is None:
+        kinds[frame.kind] = f"{frame.kind[0]} Hz, {'mono' if frame.kind[1] else 'stereo'}"
+        if header := re.search(rb"(?:Xing|Info)...(.)(....)", data[at : at + min(frame.length, 60)], re.DOTALL):
+            headers.append(int.from_bytes(header[2], "big") if header[1][0] & 1 else 0)
+        else:
             audio.append((at, frame))
-            continue
-        headers += 1
-        if tag[0] == b"VBRI" or head[tag.end() + 3] & 1:
-            promised += int.from_bytes(head[tag.end() + (10 if tag[0] == b"VBRI" else 4) :][:4], "big")
-    if not audio:
-        return []  # of a kind that is not known here
-    if len(kinds) > 1:
-        words = "; ".join(f"{kind[2]} Hz, {'mono' if mono else 'stereo'}" for kind, mono in kinds)
-        raise ValueError(f"its pieces differ ({words}): {advise_repair(path)}")
-    start, frame = audio[0]
-    if promised > len(audio) + 2:
-        compare_length(path, *(count * frame.samples / frame.kind[2] for count in (promised, len(audio))))
-    is_right = abs(promised - len(audio)) <= 2 if headers else abs(expected / frame.samples - len(audio)) <= 1
-    if headers <= 1 and is_right or frame.kind[1] < 3:
+    if not audio:  # MPEG audio of another layer
         return []
-    head = bytes([255, data[start + 1] | 1, data[start + 2] & 0x0D | 0x90, data[start + 3]])
-    side = (17 if frame.kind[0] == 3 else 9) if head[3] >> 6 == 3 else (32 if frame.kind[0] == 3 else 17)
-    header = head + bytes(side) + b"Xing" + struct.pack(">II", 1, len(audio))
-    header = header.ljust(parse_frame(head[1], head[2]).length, b"\0")
-    return [header + b"".join(data[at : at + frame.length] for at, frame in audio)]
+    if len(kinds) > 1:
+        raise ValueError(f"its pieces differ ({'; '.join(kinds.values())}): {advise_repair(path)}")
+    start, frame = audio[0]
+    if sum(headers) > len(audio):
+        compare_length(path, *(count * frame.samples / frame.kind[0] for count in (sum(headers), len(audio))))
+    promised = sum(headers) if headers else expected / frame.samples
+    if len(headers) <= 1 and abs(promised - len(audio)) <= 2:
+        return []
+    head = bytes([255, data[start + 1] | 1, data[start + 2] & 0x0C | 0x90, data[start + 3]])
+    _, is_mono, is_mpeg_1 = frame.kind
+    header = head + bytes((17 if is_mono else 32) if is_mpeg_1 else (9 if is_mono else 17))
+    header += b"Xing" + struct.pack(">II", 1, len(audio))
+    return [header.ljust(parse_frame(*head).length, b"\0"), *(data[at : at + frame.length] for at, frame in audio)]

@@ -51,6 +51,8 @@ class Decoded:
             return
         kept, size = [], 0
         for block in chain.from_iterable(piece.decode() for piece in self.pieces):
+            if not np.isfinite(block).all():
+                raise ValueError("it holds samples that are not finite")
             size += block.size
             kept = [*kept, block] if size <= KEPT else []
             yield block
@@ -107,8 +109,6 @@ def measure_channels(blocks: Iterable[np.ndarray]) -> tuple[int, np.ndarray]:
     """Count the samples of a channel and compute the covariance of all channels, shape (channels, channels)."""
     count, shift, total, products = 0, None, 0.0, 0.0
     for block in blocks:
-        if not np.isfinite(block).all():
-            raise ValueError("it holds samples that are not finite")
         shift = block.mean(axis=0) if shift is None else shift
         count, centred = count + len(block), block - shift
         total, products = total + centred.sum(axis=0), products + centred.T @ centred
@@ -168,7 +168,9 @@ def find_voices(path: str) -> list[Optional[int]]:
         spectra = np.abs(scipy.fft.rfft(windows, axis=1))[:, 1:]
         products = products + np.einsum("wfc,wfd->cd", spectra, spectra)
         levels.append(np.square(spectra).sum(axis=1))
-    power, levels = np.diag(products), np.concatenate(levels)
+    power, levels = np.diag(products), np.concatenate(levels or [[]])
+    if not len(levels):
+        return [None]
     is_voice = (power > power.max() / 1e3) & (np.median(levels, axis=0) < STEADY * levels.mean(axis=0))
     voices = np.flatnonzero(is_voice)
     alike = products / np.sqrt(np.outer(power, power) + 1e-30) - np.eye(len(power))
