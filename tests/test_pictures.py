@@ -93,6 +93,7 @@ def test_images_are_rgb_pngs_that_carry_their_settings(tmp_path):
     checksum = zlib.crc32((tmp_path / "data/audio/original/voice1.wav").read_bytes())
     settings = json.loads(json.dumps(FORMAT._asdict()))
     about = {"parts": 1, "recording_crc32": checksum, "start_s": 0, "seconds": 1.816}
+    about |= {"audio": "audio", "recording": "voice1.wav"}
     assert stored == {"settings": settings, **about}
 
 

@@ -5,11 +5,12 @@ import random
 import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EVALUATOR, QUICK, TRAINER, make_image, make_project, run_process
+from conftest import EVALUATOR, QUICK, TRAINER, make_image, make_project, run, run_process
 
 from models import images, pixel_cache
 
@@ -219,10 +220,11 @@ def test_result_does_not_depend_on_cache_workers_or_way_of_starting_them(tmp_pat
         ("c", spawn, {"WORKERS": 1, "CACHE_GB": 0.0001}),
     ):
         folder = make_project(tmp_path / name)
-        outcome = run_process(folder, TRAINER, env=env, **{**QUICK, **constants})
+        start = partial(run_process, env=env) if env else run
+        outcome = start(folder, TRAINER, **{**QUICK, **constants})
         assert outcome.status == 0, outcome.err
         path = folder / "models/experiments/final_laundered_processed.pth"
         states.append(torch.load(path, weights_only=True)["state_dict"])
-        assert run_process(folder, EVALUATOR, env=env, WORKERS=constants["WORKERS"]).status == 0
+        assert start(folder, EVALUATOR, WORKERS=constants["WORKERS"]).status == 0
     for other in states[1:]:
         assert all(torch.equal(states[0][key], other[key]) for key in other)
