@@ -183,8 +183,9 @@ def measure_conditions(table: pandas.DataFrame, columns: tuple[str, ...]) -> lis
                 entry["eer"] = float(compute_eer(*errors)[0])
             groups.append((entry, measured))
         groups.sort(key=lambda group: -(group[0]["eer"] or 0))
-        for entry, measured in tqdm(groups[:SHOWN_GROUPS], f"Intervals by {column}", leave=False, disable=None):
-            draws = max(200, min(1000, 200_000_000 // len(measured) // SHOWN_GROUPS))
+        shown = groups[:SHOWN_GROUPS]
+        for entry, measured in tqdm(shown, f"Intervals by {column}", leave=False, disable=None):
+            draws = max(200, min(1000, 100_000_000 // len(measured) // len(shown)))
             intervals = estimate_intervals(llr[measured], is_fake[measured], owners[measured].tolist(), draws)
             entry["eer_interval_95"] = intervals.get("eer")
         parts += [entry for entry, _ in groups]

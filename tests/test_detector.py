@@ -97,8 +97,14 @@ def test_calibration_is_sound_for_tiny_separated_constant_and_inverted_scores(ma
         assert scores.max() < 0.99
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "model.", "net.", "model.backbone.", ""])
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "ema", "weights", None])
+@pytest.mark.parametrize(
+    ("key", "prefix"),
+    [
+        *((None, prefix) for prefix in ("", "_orig_mod.", "module._orig_mod.", "net.")),
+        *((key, "") for key in ("state_dict", "model_state_dict", "model", "net", "ema", "weights")),
+        *(("state_dict", "model."), ("state_dict", "model.backbone."), ("model", "module.")),
+    ],
+)
 def test_bare_weights_load_under_every_usual_name(trained, tmp_path, prefix, key):
     state = {prefix + name: tensor for name, tensor in read_checkpoint(trained)["state_dict"].items()}
     torch.save({key: state} if key else state, tmp_path / "a.pth")
