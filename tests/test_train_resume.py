@@ -311,8 +311,8 @@ def test_full_disk_loses_nothing_and_after_room_was_made_it_goes_on(project):
 
 
 @pytest.mark.slow
-def test_chaos_in_a_few_rounds():
-    command = [sys.executable, str(ROOT / "tests/benchmarks/chaos.py"), "2"]
+def test_chaos_in_a_round():
+    command = [sys.executable, str(ROOT / "tests/benchmarks/chaos.py"), "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 0 faults" in done.stdout
