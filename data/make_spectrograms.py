@@ -207,7 +207,7 @@ def make_missing(pictures: list[Picture], finished: set[Path], recipe: Recipe, s
 
 
 def main() -> int:
-    """Make the images that are missing. Returns the exit status: 0, or 1 if something was left out."""
+    """Make the images that are missing. Returns the exit status; `run_script` makes 0 a 1 if something was left out."""
     data_dir = HERE
     settings = runtime.check_settings({name: globals()[name] for name in RULES}, RULES)
     settings = json.loads(json.dumps(settings, default=str))  # as the images give them back
@@ -246,12 +246,11 @@ def main() -> int:
     )
     for line in [*lines, *describe_voices(tally.voices, audio_dir), *write_lists(pictures, images, data_dir)]:
         print(line)
-    problems = [line for found in found_problems.values() for line in found] + tally.failed
     if lacking:
-        problems.append(f"condition {', '.join(lacking)}: codecs need soundfile: pip install soundfile")
-    for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+        tally.failed.append(f"condition {', '.join(lacking)}: codecs need soundfile: pip install soundfile")
+    for problem in [*(line for found in found_problems.values() for line in found), *tally.failed]:
+        runtime.leave_out(problem)
+    return 0
 
 
 def count_missing(data_dir: Path, pictures: list[Picture], recipe: Recipe, share: Share) -> Counter:

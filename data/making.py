@@ -196,11 +196,8 @@ class Share(NamedTuple):
     on_machine: int  # processes on this machine
     folder: Path  # in which they report
 
-    def has(self, recording: Recording) -> bool:
-        """Tell whether a recording is this process's to make."""
-        return self.owner(recording) == self.rank
-
     def owner(self, recording: Recording) -> int:
+        """Tell which rank has to make a recording's images."""
         return zlib.crc32(os.fsencode(recording.place)) % self.size
 
     @contextmanager
