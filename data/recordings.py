@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import chain
 from typing import Callable, Optional
 
@@ -59,6 +61,17 @@ class Decoded:
         self.kept = kept
 
 
+def open_decoded(path: str) -> Decoded:
+    """Open a file; the last one is kept, so that looking for voices and reading it decode a short file once."""
+    return keep_decoded(path, os.stat(path).st_mtime_ns)
+
+
+@lru_cache(1)
+def keep_decoded(path: str, changed_ns: int) -> Decoded:
+    """Open a file anew only where it is another, or was changed."""
+    return Decoded(path)
+
+
 class Stream:
     """Samples taken in any number out of blocks of any size."""
 
@@ -88,7 +101,7 @@ def read_audio(path: str, sample_rate: int, channel: Optional[int] = None) -> tu
     Raises:
         ValueError: the file holds no sound, cannot be decoded, or holds more or less than its header promises.
     """
-    decoded = Decoded(path)
+    decoded = open_decoded(path)
     count, covariance = measure_channels(decoded.read())
     chosen = choose_channels(covariance) if channel is None else [channel]
 
@@ -158,7 +171,7 @@ def find_voices(path: str) -> list[Optional[int]]:
     Returns:
         What to pass to `read_audio` as channel for each voice; [None] where the channels belong together.
     """
-    decoded = Decoded(path)
+    decoded = open_decoded(path)
     if decoded.channels == 1:
         return [None]
     length, products, levels = round(VOICE_WINDOW_S * decoded.rate), 0.0, []
