@@ -122,6 +122,8 @@ def list_merged(recordings: list[Recording], kind: str) -> str:
 def plan_pictures(recordings: list[Recording], conditions: dict[str, list[str]], data_dir: Path) -> list[Picture]:
     """Plan the pictures of all recordings; ValueError names all those whose images would have the same name.
 
+    Where a folder directly below the class is in both classes, the images of each such folder lie in one of its name.
+
     Args:
         conditions: copies to make for original, deepfake, unknown, and "fakes" (of genuine recordings).
     """
@@ -134,7 +136,7 @@ def plan_pictures(recordings: list[Recording], conditions: dict[str, list[str]],
             copies += [("deepfake", condition) for condition in conditions["fakes"]]
         for kind, condition in copies:
             folder = data_dir / kind / ("" if kind == "unknown" else "combined")
-            if recording.source in sources and kind != "unknown":
+            if sources and kind != "unknown":
                 folder /= recording.source
             name = f"{recording.name}__{condition}" + (f"-{recording.rest}" if recording.rest else "")
             pictures.append(Picture(recording, condition, folder / name, kind != recording.kind))

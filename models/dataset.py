@@ -204,21 +204,13 @@ def leave_out_unreadable(paths: list[str], reasons: dict[str, str], limit: float
     return [path for path in paths if path not in reasons]
 
 
-def find_sources(paths: list[str], labels: list[int], data_dir: str) -> list[str]:
-    """Find the source of each image: a sub-folder (of a class folder, or of combined/ in it) that both classes have.
-
-    What genuine and fake speech of one source differ in is how it was made, not voice, text or channel.
-
-    Returns:
-        The name of the sub-folder; "" where an image is in none, or in one that the other class lacks.
-    """
-    names, classes = [], defaultdict(set)
-    for path, label in zip(paths, labels):
+def find_folders(paths: list[str], data_dir: str) -> list[str]:
+    """Find the sub-folder (of a class folder, or of combined/ in it) that each image is in, by name; "" for none."""
+    names = []
+    for path in paths:
         _, *folders = os.path.relpath(unify_spelling(os.path.dirname(path)), data_dir).split(os.sep)
-        folders = folders[1:] if folders[:1] == ["combined"] else folders
-        names.append(folders[0] if folders else "")
-        classes[names[-1]].add(label)
-    return [name if name and len(classes[name]) == len(CLASSES) else "" for name in names]
+        names.append(next(iter(folders[1:] if folders[:1] == ["combined"] else folders), ""))
+    return names
 
 
 def group_images(*namings: list) -> np.ndarray:
@@ -264,19 +256,19 @@ def split_by_recording(groups: np.ndarray, labels: np.ndarray, val_fraction: flo
     return in_val[groups]
 
 
-def weigh_images(sources: list[str], labels: np.ndarray) -> np.ndarray:
-    """Weigh images for drawing: classes count the same within each source, sources by the square root of their size.
+def weigh_images(folders: list[str], labels: np.ndarray) -> np.ndarray:
+    """Weigh images for drawing: classes count the same within each folder, folders by the square root of their size.
 
-    So a network learns less of what tells the sources apart. Images without a source count as one more. At last each
+    So a network learns less of what tells the folders apart. Images without a folder count as one more. At last each
     class is scaled to half of all draws.
 
     Returns:
         float64, shape (images,), sum 1.
     """
-    pairs = list(zip(sources, labels.tolist()))
-    sizes, counts = Counter(sources), Counter(pairs)
-    classes = Counter(source for source, _ in counts)
-    weights = np.array([sizes[source] ** 0.5 / classes[source] / counts[source, label] for source, label in pairs])
+    pairs = list(zip(folders, labels.tolist()))
+    sizes, counts = Counter(folders), Counter(pairs)
+    classes = Counter(name for name, _ in counts)
+    weights = np.array([sizes[name] ** 0.5 / classes[name] / counts[name, label] for name, label in pairs])
     return weights / np.bincount(labels, weights)[labels] / len(CLASSES)
 
 
@@ -323,17 +315,19 @@ def choose_images(folder: SpectrogramFolder, listed: list[str], settings: dict, 
 def split_images(folder: SpectrogramFolder, chosen: Chosen, settings: dict) -> Data:
     """Split the chosen images into training and validation, and print what each side holds.
 
-    Where there are enough sources, whole ones are held out for validation, else whole recordings.
+    Where there are enough sources, whole sub-folders are held out for validation, be they sources or of one class only:
+    what else is in a folder tells its class. Else whole recordings are.
     """
     paths, labels, recordings, fingerprints, groups, *_ = chosen
     used = set(paths)
     indices = np.flatnonzero([path in used for path, _ in folder.samples])
-    sources = find_sources(paths, labels.tolist(), folder.root)
-    if count := len({*sources} - {""}):
-        what = "sources" if count >= MIN_SOURCES else "recordings"
+    folders = find_folders(paths, folder.root)
+    classes = Counter(name for name, _ in {*zip(folders, labels.tolist())} if name)
+    if count := sum(number == len(CLASSES) for number in classes.values()):
+        what = "folders" if count >= MIN_SOURCES else "recordings"
         print(f"{count} sources with both classes; validation holds out whole {what}")
         if count >= MIN_SOURCES:
-            groups = group_images(recordings, fingerprints, [source or path for source, path in zip(sources, paths)])
+            groups = group_images(recordings, fingerprints, [name or path for name, path in zip(folders, paths)])
     in_val = split_by_recording(groups, labels, settings["VAL_FRACTION"], settings["SEED"])
     for side, mask in (("Training", ~in_val), ("Validation", in_val)):
         counts = []
@@ -344,6 +338,6 @@ def split_images(folder: SpectrogramFolder, chosen: Chosen, settings: dict) -> D
     return Data(
         Subset(folder, indices[~in_val].tolist()),
         Subset(folder, indices[in_val].tolist()),
-        weigh_images([source for source, is_val in zip(sources, in_val) if not is_val], labels[~in_val]),
+        weigh_images([name for name, is_val in zip(folders, in_val) if not is_val], labels[~in_val]),
         [recording for recording, is_val in zip(recordings, in_val) if is_val],
     )

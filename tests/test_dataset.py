@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zlib
 from unicodedata import normalize
 
 import numpy as np
@@ -195,24 +196,24 @@ def test_class_folder_without_images_is_an_error(project, kind):
     assert_refused(outcome, str(project / "data/original"))
 
 
-def test_classes_weigh_the_same_within_each_source():
-    sources = ["a"] * 40 + [""] * 100
-    labels = np.array([0] * 30 + [1] * 10 + [0] * 10 + [1] * 90)
-    weights = dataset.weigh_images(sources, labels)
-    sums = {key: weights[[pair == key for pair in zip(sources, labels)]].sum() for key in zip(sources, labels)}
-    assert sums["a", 0] == pytest.approx(sums["a", 1])
-    assert sums["", 0] == pytest.approx(sums["", 1])
-    assert sums["", 0] / sums["a", 0] == pytest.approx((100 / 40) ** 0.5)
-    assert weights.sum() == pytest.approx(1)
+def test_classes_weigh_the_same_within_each_folder_and_on_the_whole():
+    folders = ["a"] * 40 + [""] * 100 + ["b"] * 25  # b holds fakes only
+    labels = np.array([0] * 30 + [1] * 10 + [0] * 10 + [1] * 90 + [0] * 25)
+    weights = dataset.weigh_images(folders, labels)
+    sums = {key: weights[[pair == key for pair in zip(folders, labels)]].sum() for key in zip(folders, labels)}
+    for label in (0, 1):
+        assert weights[labels == label].sum() == pytest.approx(0.5)
+        assert sums["", label] / sums["a", label] == pytest.approx((100 / 40) ** 0.5)
+    assert sums["b", 0] / sums["a", 0] == pytest.approx(2 * (25 / 40) ** 0.5)
 
 
 @pytest.mark.parametrize(("sources", "by_source"), [(6, True), (3, False)])
-def test_whole_sources_are_held_out_for_validation(tmp_path, sources, by_source, capsys):
+def test_whole_folders_are_held_out_for_validation(tmp_path, sources, by_source, capsys):
     for kind in ("deepfake", "original"):
-        for source in range(sources):
+        for source in [f"s{number}" for number in range(sources)] + [f"{kind}{number}" for number in range(sources)]:
             for number in range(4):
-                name = f"{kind}/combined/s{source}/{kind[0]}{source}{number}__clean.png"
-                make_image(tmp_path / "data" / name, 100 * source + number, fake=kind == "deepfake")
+                name = f"{kind}/combined/{source}/{kind[0]}{source}{number}__clean.png"
+                make_image(tmp_path / "data" / name, zlib.crc32(name.encode()), fake=kind == "deepfake")
     data = load_data(tmp_path, [])
     folders = [
         {path.split("/")[-2] for path in side}
@@ -220,7 +221,7 @@ def test_whole_sources_are_held_out_for_validation(tmp_path, sources, by_source,
     ]
     assert (not folders[0] & folders[1]) == by_source
     words = (
-        f"{sources} sources with both classes; validation holds out whole {'sources' if by_source else 'recordings'}"
+        f"{sources} sources with both classes; validation holds out whole {'folders' if by_source else 'recordings'}"
     )
     assert words in capsys.readouterr().out
 

@@ -208,9 +208,9 @@ def test_folders_stand_in_the_names_and_shared_ones_become_sources(tmp_path):
     assert run(tmp_path, MAKER, **CLEAN).status == 0
     assert list_images(tmp_path / "data") == [
         "deepfake/combined/sp1/sp1-001__clean.png",
-        "deepfake/combined/x-y-001__clean.png",
+        "deepfake/combined/x/x-y-001__clean.png",
         "original/combined/sp1/sp1-001__clean.png",
-        "original/combined/sp2-001__clean.png",
+        "original/combined/sp2/sp2-001__clean.png",
     ]
 
 
