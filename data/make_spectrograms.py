@@ -247,7 +247,7 @@ def main() -> int:
     for line in [*lines, *describe_voices(tally.voices, audio_dir), *write_lists(pictures, images, data_dir)]:
         print(line)
     if lacking:
-        tally.failed.append(f"condition {', '.join(lacking)}: codecs need soundfile: pip install soundfile")
+        tally.failed.append(f"condition {', '.join(lacking)}, whose codecs need it: {check_soundfile()}")
     for problem in [*(line for found in found_problems.values() for line in found), *tally.failed]:
         runtime.leave_out(problem)
     return 0

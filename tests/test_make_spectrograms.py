@@ -75,7 +75,7 @@ def test_codec_copies_without_soundfile_are_left_out_and_said(tmp_path, without_
     write_voices(tmp_path / "data/audio/original", ["a"])
     outcome = run(tmp_path, MAKER, CONDITIONS=("clean", "codec"))
     assert outcome.status == 1
-    assert "condition codec: codecs need soundfile: pip install soundfile" in outcome.err
+    assert "condition codec, whose codecs need it: soundfile is not installed (pip install" in outcome.err
     assert [path.name for path in (tmp_path / "data/original/combined").iterdir()] == ["a__clean.png"]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,11 +37,11 @@ CORPUS_DIR = Path("corpus")
 WORK_DIR = Path("ablation")
 FOLDS = 5
 SEEDS = (0, 1)
-SMALL = False  # True: one block instead of two in each stage of the network, to choose by; named "..., small"
+SMALL = False  # True: half the channels in each stage of the network, to choose by; named "..., small"
 CONDITIONS = ("clean", "noise", "reverb", "resample", "codec", "bandlimit")  # of the test clips
-RECIPES = {  # constants of the maker and of the trainer that differ from their defaults; sources: False hides them
+RECIPES = {  # constants of the maker and of the trainer that differ from ours; sources: False hides them
     "ours": {},
-    "laundered copies": {"maker": {"CONDITIONS": ("clean", "any")}},
+    "no laundered copies": {"maker": {"CONDITIONS": ("clean",)}},
     "classes balanced over all": {"sources": False},
     "window of 64 ms": {"maker": {"WINDOW_S": 0.064}},
     "window of 16 ms": {"maker": {"WINDOW_S": 0.016}},
@@ -48,10 +49,26 @@ RECIPES = {  # constants of the maker and of the trainer that differ from their 
     "224 pixels": {"trainer": {"IMAGE_SIZE": 224}},
     "whole width": {"trainer": {"TIME_CROP": 1.0}},
     "weight decay of 0.5": {"trainer": {"WEIGHT_DECAY": 0.5}},
-    "20 epochs": {"trainer": {"EPOCHS": 20}},
+    "8 epochs": {"trainer": {"EPOCHS": 8}},
     "batches of 128": {"trainer": {"BATCH_SIZE": 128, "LEARNING_RATE": 2e-3}},
 }
 # ------------------------------------------------------------------------------------------------
+
+HALF = """
+
+from torchvision.models.resnet import BasicBlock, ResNet
+
+
+class HalfResNet(ResNet):
+    def _make_layer(self, block, planes, *others, **options):
+        return super()._make_layer(block, planes // 2, *others, **options)
+
+
+def make_network():
+    network = HalfResNet(BasicBlock, [2, 2, 2, 2])
+    network.fc = nn.Linear(256, len(CLASSES))
+    return network
+"""
 
 
 # ---- Images and folds
@@ -59,7 +76,8 @@ RECIPES = {  # constants of the maker and of the trainer that differ from their 
 
 def make_images(rows: list[dict], recipe: dict, **changes) -> Path:
     """Make the images of all clips, or find those that were made with these constants before. Returns their data/."""
-    constants, sources = {**recipe.get("maker", {}), **changes}, recipe.get("sources", True)
+    constants = {"CONDITIONS": ("clean", "any"), **recipe.get("maker", {}), **changes}
+    sources = recipe.get("sources", True)
     folder = WORK_DIR.resolve() / f"images-{zlib.crc32(repr((sorted(constants.items()), sources)).encode()):08x}"
     for row in rows:
         repo = row["repo"].replace("/", "_")
@@ -88,12 +106,14 @@ def choose_folds(rows: list[dict]) -> dict[str, int]:
 
 def list_test_images(rows: list[dict], data_dir: Path) -> list[list[str]]:
     """List the images of some clips, clean and laundered: img_path, actual_output, condition, path of the clip."""
-    paths = {path.name: path for path in data_dir.glob("*/combined/**/*.png")}
+    paths = defaultdict(list)
+    for path in sorted(data_dir.glob("*/combined/**/*.png")):
+        paths[re.sub(r"_\d+$", "", path.stem)].append(path)  # the parts of a clip
     images = []
     for row in rows:
         repo, stem = row["repo"].replace("/", "_"), Path(row["path"]).stem
         for condition in CONDITIONS:
-            if path := paths.get(f"{repo}-{stem}__{condition}.png"):
+            for path in paths[f"{repo}-{stem}__{condition}"]:
                 label = row["label"].capitalize()
                 images.append([str(path.relative_to(data_dir)), label, condition, row["path"]])
     return images
@@ -107,19 +127,16 @@ def run_fold(data_dir: Path, test_dir: Path, test: list[list[str]], constants: d
     folder = WORK_DIR.resolve() / "run"
     shutil.rmtree(folder, ignore_errors=True)
     write_csv(folder / "test.csv", [["img_path", "actual_output", "condition", "clip"], *test])
-    common = {"DATA_DIR": str(data_dir), "HOLDOUT_CSVS": ["test.csv"], "PRETRAINED": None, "CACHE_DIR": "../cache"}
+    held = [[image[0]] for image in test if (data_dir / image[0]).exists()]
+    write_csv(folder / "holdout.csv", [["img_path"], *held])
+    common = {"DATA_DIR": str(data_dir), "HOLDOUT_CSVS": ["holdout.csv"], "PRETRAINED": None, "CACHE_DIR": "../cache"}
+    common |= {"EPOCHS": 4, "EPOCH_IMAGES": 25_000, "VAL_FRACTION": 0.06}
     settings = {"IMG_BASE_PATH": str(test_dir), "CSV_FILES": ["test.csv"], "REPORT_BY": ("condition",)}
     for script, changes in ((TRAINER, {**common, **constants}), (EVALUATOR, settings)):
         target = copy_script(folder, script, **changes)
         if SMALL:
-            module = folder / "models/detector.py"
-            text = module.read_text()
-            for old, new in (
-                ("import resnet18", "import ResNet\n    from torchvision.models.resnet import BasicBlock"),
-                ("return resnet18(", "return ResNet(BasicBlock, [1] * 4, "),
-            ):
-                text = text.replace(old, new)
-            module.write_text(text)
+            with open(folder / "models/detector.py", "a") as module:
+                module.write(HALF)
         done = subprocess.run([sys.executable, str(target)], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"{script} ended with {done.returncode}:\n{done.stdout}")
