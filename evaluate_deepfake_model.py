@@ -24,7 +24,7 @@ import math
 import os
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -156,8 +156,22 @@ def choose_rows(job: Job, scores: dict[str, Score], facts: dict, report_by: tupl
             recording, label = (job.recordings or {}).get(number, name), (job.labels or {}).get(number, "")
             table.append([*cells, path, recording, name, label, scores[path].llr, scores[path].margin])
     table = pandas.DataFrame(table, columns=[*columns, *(name for name in OWN_COLUMNS if name != "is_fake")])
+    if job.recordings is None:
+        name_merged(job.name, table["path"])
     table["is_fake"] = table["label"] == "Deepfake"
     return table
+
+
+def name_merged(job_name: str, paths: pandas.Series) -> None:
+    """Warn where images of the same file name lie in several folders: they count as one recording."""
+    folders = defaultdict(set)
+    for path in paths:
+        folders[os.path.basename(path)].add(os.path.dirname(path))
+    if repeated := [name for name, found in folders.items() if len(found) > 1]:
+        print(
+            f"Warning: {job_name}: {len(repeated):,} file names, such as {repeated[0]}, are in several folders and "
+            "count as one recording each; a column recording tells them apart"
+        )
 
 
 def describe_recordings(
@@ -170,6 +184,10 @@ def describe_recordings(
         deepfake_score, seconds, originals_below and deepfakes_above (fractions of the validation recordings beyond
         this score; blank: unknown), rendering ("" or "differs").
     """
+    labels = table["label"].mask(table["label"] == "").groupby(table["recording"])
+    is_clear = (table["label"] == "") & (labels.transform("nunique") == 1)  # another row of the recording has the label
+    table = table.assign(label=table["label"].mask(is_clear, labels.transform("first")))
+    table["is_fake"] = table["label"] == "Deepfake"
     keys = ["recording", *(column for column in report_by if column in table), "label", "is_fake"]
     groups = table.groupby(keys, sort=False, as_index=False)
     merged = groups.agg(parts=("llr", "size"), llr=("llr", "mean"), paths=("path", list))
@@ -263,6 +281,7 @@ def report_job(
     else:
         why = "it has no column actual_output" if job.labels is None else "no row has both a label and a verdict"
         print(f"{job.name}: no metrics, since {why}")
+    if len(labelled) < len(rows):
         report.print_recordings(recordings)
     if len(rows):
         files["_report.html"] = report.write_page(job.name, entry or checked, recordings, files, origin).encode()

@@ -559,7 +559,9 @@ def train(here: Path, settings: dict, outputs: Outputs, team: Team) -> int:
     )
     folder.cache = PixelCache(here / settings["CACHE_DIR"], settings["IMAGE_SIZE"], settings["CACHE_GB"] * 1e9)
     state = team.share(load_state(outputs.state) if settings["RESUME"] and team.rank == 0 else None)
-    chosen_start = choose_start(settings["PRETRAINED"], here) if team.rank == 0 and not state else None
+    chosen_start = None
+    if team.rank == 0 and not state:
+        chosen_start = choose_start(settings["PRETRAINED"], here, settings["IMAGE_SIZE"])
     start = Start(**state["start"]) if state else team.share(chosen_start)
     torch.manual_seed(settings["SEED"])
     model = start_model(start)

@@ -82,7 +82,7 @@ def name_recording(path: str, audio_dir: Path, kind: str) -> Recording:
     below = os.path.relpath(os.path.dirname(path), audio_dir / kind).replace(os.sep, "/")
     below = "" if below == "." else below
     stem = os.path.splitext(os.path.basename(path))[0]
-    stem, _, rest = (stem, "", "") if kind == "unknown" else stem.partition("__")
+    stem, _, rest = (stem, "", "") if kind == "unknown" else (stem.lstrip("_") or "unnamed").partition("__")
     name = "-".join([*below.replace("__", "_").split("/"), stem] if below else [stem])
     title = make_portable(name)
     if kind == "unknown" and (name != name.strip("_") or "__" in name):
@@ -105,8 +105,7 @@ def list_merged(recordings: list[Recording], kind: str) -> str:
     """Say which files of a class are taken as copies of one recording; "": none."""
     groups = defaultdict(list)
     for recording in recordings:
-        if recording.kind == kind:
-            groups[re.match("^([^/]+?)__", recording.name + "__")[1]].append(os.path.basename(recording.path))
+        groups[re.match("^([^/]+?)__", recording.name + "__")[1]].append(os.path.basename(recording.path))
     groups = {name: files for name, files in groups.items() if len(files) > 1}
     if not groups:
         return ""

@@ -24,6 +24,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -111,28 +112,37 @@ OWN_COLUMNS = ["img_path", "actual_output", "speaker", "condition"]
 # ---- Recordings
 
 
-def find_recordings(folder: Path, kind: str) -> tuple[list[Recording], list[str], Counter]:
-    """Find recordings; a line for each file that cannot be used; the number of files that are not audio, by suffix."""
-    files, problems = runtime.find_files(folder)
-    recordings, ignored = [], Counter()
+class Found(NamedTuple):
+    """What lies in a folder of recordings."""
+
+    recordings: list[Recording]
+    unread: list[str]  # a line for each folder that cannot be read
+    foreign: list[str]  # a line for each file that has to be converted first
+    ignored: Counter  # files that are not audio, by suffix
+
+
+def find_recordings(folder: Path, kind: str) -> Found:
+    """Find the recordings in a folder."""
+    files, unread = runtime.find_files(folder)
+    recordings, foreign, ignored = [], [], Counter()
     for path in files:
         suffix = os.path.splitext(path)[1].lower()
         if suffix in FOREIGN_SUFFIXES:
             stem = os.path.splitext(os.path.basename(path))[0]
-            problems.append(f"{path}: {suffix} cannot be read: convert with ffmpeg -i {stem}{suffix} {stem}.wav")
+            foreign.append(f"{path}: {suffix} cannot be read: convert with ffmpeg -i {stem}{suffix} {stem}.wav")
         elif suffix in AUDIO_SUFFIXES or is_audio(path):
             recordings.append(name_recording(path, folder.parent, kind))
         else:
             ignored[suffix or "without a suffix"] += 1
-    return recordings, problems, ignored
+    return Found(recordings, unread, foreign, ignored)
 
 
 # ---- Lists of images
 
 
 def choose_test_speakers(recordings: list[Recording], fraction: float, seed: int) -> set[str]:
-    """Choose speakers, folders, for testing: a fraction of each class; none where a class has fewer than two."""
-    by_class = [{r.folder for r in recordings if r.kind == kind} - {""} for kind in ("original", "deepfake")]
+    """Choose speakers for testing (folders directly below a class), a fraction; none where a class has under two."""
+    by_class = [{r.source for r in recordings if r.kind == kind} - {""} for kind in ("original", "deepfake")]
     if not fraction or min(map(len, by_class)) < 2:
         return set()
     order = sorted(set.union(*by_class), key=lambda name: (zlib.crc32(f"{seed} {name}".encode()), name))
@@ -156,35 +166,31 @@ def choose_conditions(settings: dict) -> tuple[dict[str, list[str]], list[str]]:
     return {"original": conditions, "deepfake": conditions, "unknown": ["clean"], "fakes": fakes}, lacking
 
 
-def report_kind(kind: str, recordings: list[Recording], tally: Tally, images: int, ignored: Counter) -> None:
+def report_kind(kind: str, found: Found, tally: Tally, images: int) -> None:
     """Print what there is of one kind of recordings, and what was left out."""
-    of_kind = sum(recording.kind == kind for recording in recordings)
-    seconds, silent = tally.seconds[kind], tally.silent[kind]
+    seconds, silent, ignored = tally.seconds[kind], tally.silent[kind], found.ignored
     print(
-        f"{kind}: {of_kind:,} recordings, {images:,} images"
+        f"{kind}: {len(found.recordings):,} recordings, {images:,} images"
         + (f"; {seconds:,.0f} s of audio read now" if seconds else "")
         + (f"; {silent:,} parts without sound left out" if silent else "")
         + (f"; not audio: {', '.join(f'{n:,} {suffix}' for suffix, n in sorted(ignored.items()))}" if ignored else "")
     )
-    if merged := list_merged(recordings, kind):
+    if merged := list_merged(found.recordings, kind):
         print(merged)
 
 
-def find_all(audio_dir: Path) -> tuple[list[Recording], dict[str, list[str]], dict[str, Counter]]:
-    """Find the recordings of all kinds; by kind, lines for what cannot be used, and the files that are not audio."""
-    recordings, problems, ignored = [], {}, {}
-    for kind in KINDS:
-        if (audio_dir / kind).is_dir():
-            found, problems[kind], ignored[kind] = find_recordings(audio_dir / kind, kind)
-            recordings += found
+def find_all(audio_dir: Path) -> tuple[list[Recording], dict[str, Found]]:
+    """Find all recordings, and what else lies in the folder of each kind that is there."""
+    found = {kind: find_recordings(audio_dir / kind, kind) for kind in KINDS if (audio_dir / kind).is_dir()}
+    recordings = [recording for of_kind in found.values() for recording in of_kind.recordings]
     if not recordings:
         hint = f"put genuine recordings into {audio_dir / 'original'}, fakes into {audio_dir / 'deepfake'}, "
-        lines = [line for kind in problems.values() for line in kind]
+        lines = [line for of_kind in found.values() for line in (*of_kind.unread, *of_kind.foreign)]
         raise ValueError("; ".join([*lines, f"no audio: {hint}and those to judge into {audio_dir / 'unknown'}"]))
     if fault := check_soundfile():
         others = sum(not recording.path.lower().endswith((".wav", ".wave")) for recording in recordings)
         print(f"{fault}: {others:,} files that are not WAV need it")
-    return recordings, problems, ignored
+    return recordings, found
 
 
 def make_missing(pictures: list[Picture], finished: set[Path], recipe: Recipe, share: Share) -> tuple[Tally, dict]:
@@ -206,6 +212,25 @@ def make_missing(pictures: list[Picture], finished: set[Path], recipe: Recipe, s
     return tally, images
 
 
+def set_aside_strays(strays: list[tuple], found: dict[str, Found], data_dir: Path, root: str) -> list[str]:
+    """Set aside the images that no recording accounts for, but for those in unknown.csv on which somebody has written.
+
+    Returns:
+        Lines that say what was moved and what stays, and why.
+    """
+    used = find_used(data_dir.parent / "test_data/unknown.csv", UNKNOWN_COLUMNS, data_dir)
+    free = [stray for stray in strays if str(stray[0]) not in used]
+    recordings = [recording for of_kind in found.values() for recording in of_kind.recordings]
+    unread = {kind for kind, of_kind in found.items() if of_kind.unread}
+    lines = set_aside(free, recordings, unread, data_dir, root)
+    if kept := len(strays) - len(free):
+        lines.append(
+            f"unknown: {kept:,} images stay although their recordings are gone: unknown.csv holds verdicts or notes on "
+            "them (delete their rows, and the next run sets them aside)"
+        )
+    return lines
+
+
 def main() -> int:
     """Make the images that are missing. Returns the exit status; `run_script` makes 0 a 1 if something was left out."""
     data_dir = HERE
@@ -215,21 +240,18 @@ def main() -> int:
     audio_dir, share = Path(os.path.normpath(data_dir / settings["AUDIO_DIR"])), find_share(data_dir)
     if share.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    recordings, found_problems, ignored = find_all(audio_dir)
+    recordings, found = find_all(audio_dir)
     conditions, lacking = choose_conditions(settings)
     pictures = plan_pictures(recordings, conditions, data_dir)
     possible = [picture for picture in pictures if picture.condition not in lacking]
     babble_dir = settings["BABBLE_DIR"]
-    babble = [r.path for r in find_recordings(data_dir / babble_dir, "babble")[0]] if babble_dir else []
+    babble = [r.path for r in find_recordings(data_dir / babble_dir, "babble").recordings] if babble_dir else []
     root = Path(os.path.relpath(audio_dir, data_dir)).as_posix()
     recipe = Recipe(form, laundering, babble, root)
     existing = find_existing(data_dir, pictures, recipe.list_settings)
     if not share.rank:
         share.forget_dead()
-        unread = {kind for kind, found in found_problems.items() if found}
-        used = find_used(data_dir.parent / "test_data/unknown.csv", UNKNOWN_COLUMNS, data_dir)
-        strays = [stray for stray in existing.strays if str(stray[0]) not in used]
-        lines = set_aside(strays, recordings, unread, data_dir, root)
+        lines = set_aside_strays(existing.strays, found, data_dir, root)
     tally, images = make_missing(possible, existing.finished, recipe, share)
     if share.size > 1 and not share.rank:
         tally.failed += share.wait(lambda: count_missing(data_dir, possible, recipe, share), tally)
@@ -237,9 +259,9 @@ def main() -> int:
     if share.rank:
         return 1 if tally.failed else 0
     images = {**existing.images, **images}
-    for kind in ignored:
+    for kind, of_kind in found.items():
         stems = [picture.stem for picture in pictures if picture.recording.kind == kind]
-        report_kind(kind, recordings, tally, sum(len(images.get(stem, ())) for stem in stems), ignored[kind])
+        report_kind(kind, of_kind, tally, sum(len(images.get(stem, ())) for stem in stems))
     print(
         f"{sum(tally.made.values()):,} images made now; {len(existing.finished):,} of {len(pictures):,} copies were "
         "there already"
@@ -248,7 +270,9 @@ def main() -> int:
         print(line)
     if lacking:
         tally.failed.append(f"condition {', '.join(lacking)}, whose codecs need it: {check_soundfile()}")
-    for problem in [*(line for found in found_problems.values() for line in found), *tally.failed]:
+    for of_kind in found.values():
+        tally.failed += [*of_kind.unread, *of_kind.foreign]
+    for problem in tally.failed:
         runtime.leave_out(problem)
     return 0
 
@@ -289,8 +313,8 @@ def write_lists(pictures: list[Picture], images: dict[Path, list[Image]], data_d
             if recording.kind == "unknown":
                 title = recording.title + (f" channel {image.channel}" if image.channel else "")
                 unknown.append([path, title, f"{image.start_s:g}"])
-            elif recording.folder in speakers and path.startswith(recording.kind):
-                own.append([path, recording.kind.capitalize(), recording.folder, picture.condition])
+            elif recording.source in speakers and path.startswith(recording.kind):
+                own.append([path, recording.kind.capitalize(), recording.source, picture.condition])
     if unknown:
         lines.append(merge_list(folder / "unknown.csv", UNKNOWN_COLUMNS, unknown, data_dir))
         settings = 'MODEL_PATH = Path("models/speech_resnet18.pth") and CSV_FILES = ["test_data/unknown.csv"]'
@@ -298,6 +322,8 @@ def write_lists(pictures: list[Picture], images: dict[Path, list[Image]], data_d
     if own:
         lines.append(merge_list(folder / "test_own.csv", OWN_COLUMNS, own, data_dir))
         lines[-1] += f" of {len(speakers)} speakers: name it in HOLDOUT_CSVS and in CSV_FILES"
+    elif HOLDOUT_SPEAKERS and {"original", "deepfake"} <= {picture.recording.kind for picture in pictures}:
+        lines.append("No list for testing: each class needs recordings in two folders (speakers) or more")
     return lines
 
 

@@ -136,7 +136,7 @@ def make_picture(picture: Picture, samples: np.ndarray, starts: list[int], notes
     draw = Draw(rate, rng, recipe.laundering, others, lambda path: read_audio(path, rate)[0])
     laundered, words = launder(samples, picture.condition, draw)
     notes = {"settings": recipe.list_settings(picture.condition), "parts": len(starts), **notes}
-    notes |= {"seconds": round(form.duration / rate, 3), **({"laundering": words} if words else {})}
+    notes |= {"seconds": round(min(form.duration, len(samples)) / rate, 3), **({"laundering": words} if words else {})}
     if picture.is_fake:
         notes["recording_class"] = picture.recording.kind
     stem.parent.mkdir(parents=True, exist_ok=True)

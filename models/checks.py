@@ -22,6 +22,7 @@ FORMAT_SAMPLE = 200  # images of a CSV that the format check looks at
 UNLIKE_FRACTION = 0.2  # so many of them may be rendered unlike the training images before it warns
 UNLIKE_SHIFT = 4  # Mahalanobis distance of their mean, likewise
 UNLIKE_FEW = 1.5  # median distance of fewer than five images, in units of what 99 % of validation's keep, likewise
+FEW_RECORDINGS = 50  # with fewer, a narrow interval only says that there was hardly anything to draw
 SHORTCUT_AUC = 0.75  # above it the class can be predicted without the voice
 
 
@@ -148,6 +149,8 @@ def list_caveats(entry: dict) -> list[str]:
         caveats.append("the images were rendered unlike the training images (see the format check)")
     if interval and interval[1] - interval[0] > 0.05:
         caveats.append("few recordings (wide confidence interval)")
+    elif interval and entry["recordings"] < FEW_RECORDINGS:
+        caveats.append("few recordings (their confidence interval is too narrow)")
     if entry["rows_repeated"]:
         caveats.append(f"{entry['rows_repeated']:,} rows repeat an image")
     if entry["eer"] is not None and entry["half_total_error"] - entry["eer"] > 0.05:

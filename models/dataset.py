@@ -260,7 +260,7 @@ def weigh_images(folders: list[str], labels: np.ndarray) -> np.ndarray:
     """Weigh images for drawing: classes count the same within each folder, folders by the square root of their size.
 
     So a network learns less of what tells the folders apart. Images without a folder count as one more. At last each
-    class is scaled to half of all draws.
+    class is scaled to half of all draws: many folders of one class only tip the balance within the others.
 
     Returns:
         float64, shape (images,), sum 1.

@@ -210,7 +210,7 @@ def write_page(name: str, results: dict, recordings: pandas.DataFrame, files: di
     parts += [f"<p>{html.escape(sentence)}</p>" for sentence in sentences[2:]]
     if has_metrics:
         parts += ["<h2>Metrics</h2>", write_table(["metric", "value"], format_metrics(results), set())]
-    elif len(recordings):
+    if len(recordings):
         parts += ["<h2>Recordings</h2>", tabulate_recordings(recordings), SCORE_NOTE]
     pictures = [embed_picture(files[ending], text) for ending, text in CAPTIONS.items() if files.get(ending)]
     parts += ["<h2>Pictures</h2>", *pictures] if pictures else []

@@ -31,8 +31,8 @@ class Start(NamedTuple):
     facts: dict = {}  # where they are a detector's of this project: what its checkpoint says, by INHERITED
 
 
-def choose_start(pretrained: Optional[str], here: Path) -> Start:
-    """Get the weights to start from.
+def choose_start(pretrained: Optional[str], here: Path, image_size: int) -> Start:
+    """Get the weights to start from, for images of this size.
 
     Raises:
         ValueError: `pretrained` is a path, and no ResNet-18 can be loaded from it.
@@ -46,8 +46,11 @@ def choose_start(pretrained: Optional[str], here: Path) -> Start:
             raise ValueError(f"PRETRAINED: no file {path} (allowed: {names}, the path of a .pth, or None)")
         content = detector.load_content(path)
         facts = {name: content[name] for name in INHERITED if name in content}
-        rate = RATE_FROM_DETECTOR if facts else RATE_FROM_IMAGENET
-        return Start(f"file {path.name}", rate, detector.find_weights(content, path), facts)
+        rate, words = RATE_FROM_DETECTOR if facts else RATE_FROM_IMAGENET, f"file {path.name}"
+        if (size := facts.get("image_size", image_size)) != image_size:
+            words += f", trained at {size} pixels: what it has seen is told by the names of recordings only"
+            facts = {name: value for name, value in facts.items() if name not in ("seen_images", "appearance")}
+        return Start(words, rate, detector.find_weights(content, path), facts)
     try:
         weights = fetch_weights(ResNet18_Weights[pretrained], DOWNLOAD_TIMEOUT_S)
         return Start(pretrained, RATE_FROM_IMAGENET, weights)

@@ -17,7 +17,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from models.runtime import write_file
+from models.runtime import leave_out, write_file
 
 LABELS = {  # what actual_output may say, without regard to case and surrounding blanks
     "Deepfake": ("deepfake", "spoof", "fake"),
@@ -106,7 +106,20 @@ def read_job(path: Path, name: str, base: Path, encoding: str) -> Job:
             labels[number] = label
         if recordings is not None and (cell := cells[columns["recording"]].strip()):
             recordings[number] = unicodedata.normalize("NFC", cell)
+    leave_out_contradictions(job)
     return job
+
+
+def leave_out_contradictions(job: Job) -> None:
+    """Leave out, and name, the labels of an image that has both; its verdict is still written."""
+    labels = job.labels or {}
+    pairs = {(job.images[number], label) for number, label in labels.items() if job.images[number]}
+    count = Counter(image for image, _ in pairs)
+    if wrong := [number for number in labels if count[job.images[number]] > 1]:
+        shown = ", ".join(map(str, wrong[:6])) + ", ..." * (len(wrong) > 6)
+        leave_out(f"{job.name}: the labels in rows {shown}: they call the same image Original and Deepfake")
+    for number in wrong:
+        del labels[number]
 
 
 def check_writable(path: Path) -> None:
@@ -349,24 +362,27 @@ def merge_list(path: Path, header: list[str], rows: list[list[str]], base: Path)
     (names, *old), delimiter, before, encoding = read_list(path)
     columns, kept, orphans = find_columns(names), [], []
     new = {resolve_image(base, row[0]): dict(zip(header, row)) for row in rows}
-    unlisted = dict(new)
+    unlisted, by_name, followed = dict(new), {os.path.basename(row[0]): row[0] for row in rows}, 0
     for row in old:
         cell = "".join(row[columns["img_path"] :][:1]).strip()
         image = resolve_image(base, cell)
-        unlisted.pop(image, None)
         is_gone = cell and image not in new and not os.path.exists(image)
+        if is_gone and (other := by_name.get(os.path.basename(image))) and resolve_image(base, other) in unlisted:
+            row[columns["img_path"]], image, is_gone, followed = other, resolve_image(base, other), False, followed + 1
+        unlisted.pop(image, None)
         if not is_gone or not is_untouched(row, columns, header):
             kept.append(row)
             orphans += [cell] * bool(is_gone)
     added = [[cells.get(name.strip(" "), "") for name in names] for cells in unlisted.values()]
     words = f"{path.name} already lists these {len(rows):,} images"
-    if added or len(kept) < len(old):
+    if added or followed or len(kept) < len(old):
         try:
             write_file(path, format_table([names, *kept, *added], delimiter, before, encoding))
         except UnicodeEncodeError:
             raise ValueError(f"{path} is {encoding}, which lacks letters of new images: re-save it as UTF-8") from None
         words = f"{path.name}: {len(kept):,} rows stay as they are, {len(added):,} are added"
         words += f", {len(old) - len(kept):,} are removed, whose images are gone" * (len(kept) < len(old))
+        words += f"; {followed:,} name the new folder of their image" * bool(followed)
     if orphans:
         more = f" and {len(orphans) - 3:,} more" * (len(orphans) > 3)
         words += f"; {len(orphans):,} rows stay though their images are gone: {', '.join(orphans[:3])}{more}"

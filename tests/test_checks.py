@@ -179,3 +179,17 @@ def test_trainer_warns_of_images_of_another_size_in_one_class(project):
     assert "WARNING: image size or brightness alone predicts the class (AUC: original width 1.00" in outcome.out
     checkpoint = read_checkpoint(project, "final")
     assert checkpoint["shortcuts"]["original height"] == 1.0
+
+
+@pytest.mark.parametrize(("interval", "recordings", "words"), [((0.1, 0.2), 300, "wide"), ((0, 0), 2, "too narrow")])
+def test_few_recordings_are_a_caveat_however_narrow_their_interval(interval, recordings, words):
+    entry = {"intervals_95": {"eer": interval}, "recordings": recordings, "eer": 0.1, "half_total_error": 0.1}
+    entry |= {
+        "rows_repeated": 0,
+        "seen": {"rows_as_image": 0, "rows_as_recording": 0},
+        "format": None,
+        "shortcuts": None,
+    }
+    assert words in checks.list_caveats(entry)[0]
+    entry |= {"intervals_95": {"eer": (0.1, 0.12)}, "recordings": 300}
+    assert len(checks.list_caveats(entry)) == 1

@@ -88,9 +88,21 @@ def test_judged_images_of_deleted_recordings_stay(tmp_path):
     )
     for name in "ab":
         (folder / f"{name}.wav").unlink()
-    assert run(tmp_path, MAKER).status == 0
+    outcome = run(tmp_path, MAKER)
+    assert outcome.status == 0
+    assert "unknown: 1 images stay although their recordings are gone: unknown.csv holds verdicts" in outcome.out
     assert list_aside(tmp_path) == ["unknown/b__clean.png"]
     assert [row["recording"] for row in read_csv(tmp_path / "test_data/unknown.csv")] == ["a", "c"]
+
+
+def test_file_to_convert_does_not_keep_images_of_deleted_recordings(tmp_path):
+    folder = tmp_path / "data/audio/original"
+    write_voices(folder, ["a", "b"])
+    (folder / "c.m4a").write_bytes(b"x")
+    assert run(tmp_path, MAKER).status == 1
+    (folder / "a.wav").unlink()
+    assert run(tmp_path, MAKER).status == 1
+    assert list_aside(tmp_path) == ["original/combined/a__clean.png"]
 
 
 def test_speakers_that_were_tested_on_stay_so(tmp_path):

@@ -214,6 +214,39 @@ def test_folders_stand_in_the_names_and_shared_ones_become_sources(tmp_path):
     ]
 
 
+def test_speakers_are_folders_directly_below_their_class(tmp_path):
+    for kind in ("original", "deepfake"):
+        for speaker in ("84", "174"):
+            for chapter in ("1", "2"):
+                write_wav(tmp_path / f"data/audio/{kind}/{speaker}/{chapter}/x.wav", make_tone(1000, 1.0))
+    assert run(tmp_path, MAKER, **CLEAN).status == 0
+    rows = read_csv(tmp_path / "test_data/test_own.csv")
+    assert len(rows) == 4 and len({row["speaker"] for row in rows}) == 1
+    assert rows[0]["speaker"] in ("84", "174")
+
+
+def test_why_nothing_is_listed_for_testing_is_said(tmp_path):
+    for name in ("original/anna/1.wav", "original/ben/1.wav", "deepfake/engine/1.wav"):
+        write_wav(tmp_path / "data/audio" / name, make_tone(1000, 1.0))
+    outcome = run(tmp_path, MAKER, **{**CLEAN, "HOLDOUT_SPEAKERS": 0.2})
+    assert "No list for testing: each class needs recordings in two folders (speakers) or more" in outcome.out
+
+
+def test_underscores_before_a_name_are_no_name(tmp_path):
+    for name in ("__x.wav", "____.wav", "b.wav"):
+        write_wav(tmp_path / "data/audio/original" / name, make_tone(1000, 1.0))
+    assert run(tmp_path, MAKER, **CLEAN).status == 0
+    expected = {f"original/combined/{name}__clean.png" for name in ("x", "unnamed", "b")}
+    assert set(list_images(tmp_path / "data")) == expected
+
+
+def test_image_of_a_short_recording_says_how_much_of_it_there_is(tmp_path):
+    write_wav(tmp_path / "data/audio/unknown/short.wav", make_tone(1000, 0.5))
+    assert run(tmp_path, MAKER).status == 0
+    with Image.open(tmp_path / "data/unknown/short__clean.png") as image:
+        assert json.loads(image.text["spectrogram"])["seconds"] == pytest.approx(0.5, abs=0.01)
+
+
 def test_whole_speakers_are_listed_for_testing(tmp_path):
     for kind in ("original", "deepfake"):
         for speaker in range(5):

@@ -41,6 +41,29 @@ def test_verdicts_on_recordings_without_labels(judged):
     assert "Leak check: 0 rows were trained or validated on" in page
 
 
+def test_label_in_one_row_neither_hides_nor_splits_recordings(judged):
+    write_parts(judged / "data/unknown/talk", 1, [False, False])
+    write_parts(judged / "data/unknown/made", 9, [True, True])
+    names = [f"unknown/{name}__clean_{n}.png" for name in ("talk", "made") for n in (1, 2)]
+    labels = ["Original", "", "", ""]
+    write_csv(judged / "test_data/unknown.csv", [["img_path", "actual_output"], *map(list, zip(names, labels))])
+    outcome = run(judged, EVALUATOR, WORKERS=0, CSV_FILES=["test_data/unknown.csv"])
+    talk, made = read_csv(judged / "test_data/unknown_recordings.csv")
+    assert (talk["recording"], talk["actual_output"], talk["parts"]) == ("talk", "Original", "2")
+    assert (made["recording"], made["actual_output"], made["parts"]) == ("made", "", "2")
+    assert read_summary(judged)[0]["rows_measured"] == 1
+    assert re.search(r"^made +Deepfake", outcome.out, flags=re.MULTILINE)
+    assert "<h2>Recordings</h2>" in (judged / "test_data/unknown_report.html").read_text()
+
+
+def test_images_of_one_name_in_several_folders_are_said_to_be_one_recording(judged):
+    for folder, fake in (("a", False), ("b", True)):
+        make_image(judged / f"data/unknown/{folder}/call.png", 1, fake)
+    write_csv(judged / "test_data/test.csv", [["img_path"], ["unknown/a/call.png"], ["unknown/b/call.png"]])
+    said = run(judged, EVALUATOR, WORKERS=0).out
+    assert "Warning: test.csv: 1 file names, such as call.png, are in several folders and count as one" in said
+
+
 def test_page_is_self_contained_small_and_escapes_names(judged):
     name = "<script>alert(1)</script>&"
     make_image(judged / f"data/unknown/{name.replace('/', '_')}.png", 1, fake=False)

@@ -120,7 +120,7 @@ def test_weights_from_a_path_fill_all_but_the_head(weights_file, tmp_path, kind)
     if kind == "wrapped":
         state = {f"module.{name}": tensor for name, tensor in state.items()}
     torch.save({"state_dict": state} if kind == "checkpoint" else state, tmp_path / "w.pth")
-    found = start.choose_start("w.pth", tmp_path)
+    found = start.choose_start("w.pth", tmp_path, 112)
     model = start.start_model(found)
     expected = torch.load(weights_file, weights_only=True)
     assert torch.equal(model.layer4[1].conv2.weight, expected["layer4.1.conv2.weight"])
@@ -151,7 +151,7 @@ def test_start_from_a_detector_keeps_its_head_and_what_it_has_seen(trained, tmp_
     shutil.copytree(trained / "test_data", tmp_path / "test_data")
     shutil.copy(trained / CHECKPOINT, tmp_path / "start.pth")
     before = torch.load(tmp_path / "start.pth", weights_only=True)
-    model = start.start_model(start.choose_start("start.pth", tmp_path))
+    model = start.start_model(start.choose_start("start.pth", tmp_path, 32))
     assert torch.equal(model.fc.weight, before["state_dict"]["fc.weight"])
     for path in (tmp_path / "data").rglob("*0__clean_1.png"):
         path.unlink()
@@ -177,12 +177,26 @@ def test_start_trained_on_images_of_another_look_is_said(trained, tmp_path):
     assert "rendered unlike those of PRETRAINED: PRETRAINED = 'IMAGENET1K_V1' may be the better start" in outcome.out
 
 
+def test_start_of_another_size_is_said_and_its_images_are_not_compared(trained, tmp_path):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    shutil.copy(trained / CHECKPOINT, tmp_path / "start.pth")
+    outcome = run(
+        tmp_path, TRAINER, **{**QUICK, "PRETRAINED": "start.pth", "HOLDOUT_CSVS": [], "IMAGE_SIZE": 40, "TIME_CROP": 1}
+    )
+    assert outcome.status == 0, outcome.err
+    words = "start.pth, trained at 32 pixels: what it has seen is told by the names of recordings only"
+    assert words in outcome.out and words in read_checkpoint(tmp_path)["initial_weights"]
+    seen, before = read_checkpoint(tmp_path), torch.load(tmp_path / "start.pth", weights_only=True)
+    assert not {*seen["seen_images"].tolist()} & {*before["seen_images"].tolist()}
+    assert {*before["seen_recordings"].tolist()} <= {*seen["seen_recordings"].tolist()}
+
+
 def test_half_precision_weights_load(trained, tmp_path):
     checkpoint = torch.load(trained / CHECKPOINT, weights_only=True)
     full = checkpoint["state_dict"]
     checkpoint["state_dict"] = {n: t.half() if t.is_floating_point() else t for n, t in full.items()}
     torch.save(checkpoint, tmp_path / "half.pth")
-    model = start.start_model(start.choose_start("half.pth", tmp_path))
+    model = start.start_model(start.choose_start("half.pth", tmp_path, 112))
     assert model.conv1.weight.dtype == torch.float32
     assert torch.allclose(model.conv1.weight, full["conv1.weight"], atol=1e-3)
 

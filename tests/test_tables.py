@@ -18,6 +18,7 @@ from conftest import (
     evaluate_text,
     read_csv,
     read_summary,
+    read_tsv,
     run,
     write_csv,
 )
@@ -224,6 +225,27 @@ def test_new_images_are_added_to_a_list_and_all_that_is_in_it_stays(tmp_path, en
     assert merge(tmp_path, "ü.png", "ö.png", "a.png") == "unknown.csv: 3 rows stay as they are, 1 are added"
     added = "ö.png,unknown/ö.png,0,,".replace(",", delimiter) + newline
     assert table.read_bytes().decode(encoding) == before.decode(encoding) + added
+
+
+def test_row_follows_its_image_to_another_folder(tmp_path):
+    header, table = ["img_path", "actual_output"], tmp_path / "test_own.csv"
+    write_csv(table, [[*header, "note"], ["original/a.png", "Original", "mine"]])
+    words = tables.merge_list(table, header, [["original/s/a.png", "Original"]], tmp_path)
+    assert read_csv(table) == [{"img_path": "original/s/a.png", "actual_output": "Original", "note": "mine"}]
+    assert "1 name the new folder of their image" in words
+
+
+def test_image_with_both_labels_is_judged_and_not_measured(judged):
+    rows = read_csv(judged / "test_data/test.csv")
+    wrong = {"Original": "Deepfake", "Deepfake": "Original"}[rows[0]["actual_output"]]
+    table = [[*rows[0]], *([*row.values()] for row in rows), [str(judged / "data" / rows[0]["img_path"]), wrong]]
+    write_csv(judged / "test_data/test.csv", table)
+    outcome = run(judged, EVALUATOR, WORKERS=0)
+    assert outcome.status == 1
+    assert "the labels in rows 2, 10: they call the same image Original and Deepfake" in outcome.err
+    assert all(row["predicted_output"] for row in read_csv(judged / "test_data/test.csv"))
+    assert read_summary(judged)[0]["rows_measured"] == len(rows) - 1
+    assert len(read_tsv(judged / "test_data/test_key.tsv")) == len(rows)
 
 
 @pytest.mark.parametrize(
