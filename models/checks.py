@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT_SAMPLE = 200  # images of a CSV that the format check looks at
 UNLIKE_FRACTION = 0.2  # so many of them may be rendered unlike the training images before it warns
-UNLIKE_SHIFT = 4  # Mahalanobis distance of their mean, likewise
+UNLIKE_SHIFT = 5  # Mahalanobis distance of their mean, likewise
 UNLIKE_FEW = 1.5  # median distance of fewer than five images, in units of what 99 % of validation's keep, likewise
 FEW_RECORDINGS = 50  # with fewer, a narrow interval only says that there was hardly anything to draw
 SHORTCUT_AUC = 0.75  # above it the class can be predicted without the voice
@@ -68,12 +68,15 @@ def check_format(images: dict[str, int], facts: dict) -> tuple[Optional[dict], s
     few = len(chosen) < 5  # one in a hundred lies beyond by chance: few images have to lie far beyond
     is_unlike = np.median(found.distances) > UNLIKE_FEW if few else fraction > UNLIKE_FRACTION
     warning, largest = "", dict(list(found.differences.items())[:3])
-    if is_unlike or found.shift > UNLIKE_SHIFT:
+    mirrored = "" if few else found.mirrored
+    if is_unlike or found.shift > UNLIKE_SHIFT or mirrored:
         named = "; ".join(f"{name} {difference:+.1f}" for name, difference in largest.items())
         warning = (
             f"{fraction:.0%} of {len(chosen)} images were rendered unlike the training images (validation: 1%), and "
             f"their mean lies {found.shift:.1f} from theirs (usual: below {UNLIKE_SHIFT}). Largest differences, in "
-            f"standard deviations: {named}. Verdicts on them cannot be relied on"
+            f"standard deviations: {named}. "
+            + f"They would fit better {mirrored}. " * bool(mirrored)
+            + "Verdicts on them cannot be relied on"
         )
     entry = {"images": len(chosen), "share_unlike": fraction, "shift": found.shift}
     entry |= {"largest_shifts": largest, "warning": warning}

@@ -23,6 +23,8 @@ CHANNELS = ("red", "green", "blue")
 BANDS = ("highest", "upper", "lower", "lowest")  # quarters of the rows, from the top
 SHADES = 6  # values of a channel in the joint distribution of the three
 RENDERING_SAMPLE = 2000  # images whose rendering statistics are learnt
+MIRRORED = {"upside down": 2, "backwards": 3}  # by the axis of (batch, channels, rows, columns) that is turned
+NEARER = 1  # so much nearer to the training images, as a distance of means, they lie the other way round
 
 
 def take_fingerprint(content: bytes) -> int:
@@ -183,6 +185,7 @@ class Rendering(NamedTuple):
     distances: np.ndarray  # Mahalanobis distance of each image, in units of what 99 % of the validation images keep
     shift: float  # Mahalanobis distance of their mean, less what chance adds; 0 for a single image
     differences: dict[str, float]  # by statistic, in standard deviations, the largest first
+    mirrored: str  # "upside down" or "backwards" where several images would fit better so, else ""
 
 
 def compare_rendering(pixels: torch.Tensor, rendering: dict) -> Optional[Rendering]:
@@ -194,12 +197,23 @@ def compare_rendering(pixels: torch.Tensor, rendering: dict) -> Optional[Renderi
     """
     if rendering["colours"].shape != (SHADES**3,):
         return None
-    off = describe_rendering(pixels, rendering["colours"]).double() - rendering["mean"]
-    squares = torch.einsum("ni,ij,nj->n", off, rendering["precision"], off)
-    mean = off.mean(0)  # far off even where no single image is, as when all are upside down
-    shift = (mean @ rendering["precision"] @ mean - squares.mean() / len(off)).clamp(0).sqrt().item()
+    squares, mean, shift = measure_shift(pixels, rendering)
+    mirrored = [
+        word for word, axis in MIRRORED.items() if measure_shift(pixels.flip(axis), rendering)[2] < shift - NEARER
+    ]
     names = [f"{what} of {colour}, {band} quarter" for what in STATISTICS for colour in CHANNELS for band in BANDS]
     names += ["distance of the colours", *(f"steepness of rises of {colour}" for colour in CHANNELS)]
     differences = zip(names, (mean / rendering["deviation"]).tolist())
     largest = dict(sorted(differences, key=lambda pair: -abs(pair[1])))
-    return Rendering((squares.sqrt() / rendering["limit"]).numpy(), shift, largest)
+    return Rendering((squares.sqrt() / rendering["limit"]).numpy(), shift, largest, " and ".join(mirrored))
+
+
+def measure_shift(pixels: torch.Tensor, rendering: dict) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Measure how far images lie from the training images: squared distances, mean difference, distance of the mean.
+
+    The mean lies far off even where no single image does, as when all are upside down. What chance adds is taken off.
+    """
+    off = describe_rendering(pixels, rendering["colours"]).double() - rendering["mean"]
+    squares, mean = torch.einsum("ni,ij,nj->n", off, rendering["precision"], off), off.mean(0)
+    shift = mean @ rendering["precision"] @ mean - squares.mean() / len(off)
+    return squares, mean, shift.clamp(0).sqrt().item()

@@ -25,7 +25,7 @@ def paint_voice(path, number, size=64):
     lines = (
         np.cos(2 * np.pi * rows / (6 + bend))
         * (0.1 + 0.3 * rows / size)
-        * (np.sin(9 * time + draw.random() * 6) > -0.5)
+        * (1 - (3 * time + draw.random()) % 1)  # sounds begin at once and die away
     )
     levels = 0.4 + lines + 0.05 * draw.normal(size=(size, size))
     Image.fromarray((colormaps["magma"](np.clip(levels, 0, 1))[:, :, :3] * 255).astype(np.uint8)).save(path)
@@ -55,6 +55,7 @@ FAULTS = {
     "grey instead of magma": lambda image: paint_again(image, "gray"),
     "viridis instead of magma": lambda image: paint_again(image, "viridis"),
     "upside down": lambda image: image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+    "backwards": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
     "margins": put_into_figure,
     "half the frequency range": lambda image: image.crop((0, 32, 64, 64)).resize((64, 64)),
 }
