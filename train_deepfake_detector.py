@@ -125,8 +125,8 @@ class Outputs(NamedTuple):
 class Batches:
     """The batches of one epoch after another, of each this rank's part, as lists of indices.
 
-    Images are drawn with replacement, by weight: classes count the same within each source. All ranks draw the same
-    order, so that together they take the batches that a single process would take.
+    Images are drawn with replacement, by weight. All ranks draw the same order, so that together they take the batches
+    that a single process would take.
     """
 
     def __init__(self, weights: np.ndarray, images: int, batch_size: int, team: Team) -> None:

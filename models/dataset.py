@@ -1,4 +1,4 @@
-"""The images of a training run: found, read once, held out, split by recording or source."""
+"""The images of a training run: found, read once, held out, split by recording or folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The images of a run: found, held out, split by recording or source, weighed."""
+"""The images of a run: found, held out, split by recording or folder, weighed."""
 
 import os
 import shutil
