@@ -11,7 +11,7 @@ Out: the best checkpoint by validation loss and the final one; beside the final 
 
 The images that HOLDOUT_CSVS list are kept out of training and validation, so that
 evaluate_deepfake_model.py can test the result on them. Runs on CUDA if available, else on the CPU.
-The demo data takes about 5 minutes on two cores with bfloat16 instructions, twice as long without.
+The demo data takes about a minute on two cores with bfloat16 instructions, twice as long without.
 """
 
 from __future__ import annotations

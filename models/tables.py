@@ -339,10 +339,17 @@ def find_used(path: Path, header: list[str], base: Path) -> set[str]:
     return {resolve_image(base, cell.strip()) for cell in used}
 
 
+def name_in_class(cell: str) -> tuple[str, str]:
+    """Name an image whatever the folder in its class: the class and the file name."""
+    parts = cell.replace("\\", "/").split("/")
+    return parts[0], parts[-1]
+
+
 def merge_list(path: Path, header: list[str], rows: list[list[str]], base: Path) -> str:
     """List images in a CSV, which is the user's once it exists: rows are added, and those that stay keep every cell.
 
-    A row goes only where its image is gone and `is_untouched`. Delimiter, encoding and the like stay.
+    A row follows its image to another folder of its class. It goes only where its image is gone and `is_untouched`.
+    Delimiter, encoding and the like stay.
 
     Args:
         header: columns, img_path first; where the CSV lacks one, the new rows do too.
@@ -362,13 +369,13 @@ def merge_list(path: Path, header: list[str], rows: list[list[str]], base: Path)
     (names, *old), delimiter, before, encoding = read_list(path)
     columns, kept, orphans = find_columns(names), [], []
     new = {resolve_image(base, row[0]): dict(zip(header, row)) for row in rows}
-    unlisted, by_name, followed = dict(new), {os.path.basename(row[0]): row[0] for row in rows}, 0
+    unlisted, homes, followed = dict(new), {name_in_class(row[0]): row[0] for row in rows}, 0
     for row in old:
         cell = "".join(row[columns["img_path"] :][:1]).strip()
         image = resolve_image(base, cell)
         is_gone = cell and image not in new and not os.path.exists(image)
-        if is_gone and (other := by_name.get(os.path.basename(image))) and resolve_image(base, other) in unlisted:
-            row[columns["img_path"]], image, is_gone, followed = other, resolve_image(base, other), False, followed + 1
+        if is_gone and (home := homes.get(name_in_class(cell))) and resolve_image(base, home) in unlisted:
+            row[columns["img_path"]], image, is_gone, followed = home, resolve_image(base, home), False, followed + 1
         unlisted.pop(image, None)
         if not is_gone or not is_untouched(row, columns, header):
             kept.append(row)

@@ -233,6 +233,9 @@ def test_row_follows_its_image_to_another_folder(tmp_path):
     words = tables.merge_list(table, header, [["original/s/a.png", "Original"]], tmp_path)
     assert read_csv(table) == [{"img_path": "original/s/a.png", "actual_output": "Original", "note": "mine"}]
     assert "1 name the new folder of their image" in words
+    tables.merge_list(table, header, [["deepfake/s/a.png", "Deepfake"]], tmp_path)
+    rows = [list(row.values()) for row in read_csv(table)]
+    assert rows == [["original/s/a.png", "Original", "mine"], ["deepfake/s/a.png", "Deepfake", ""]]
 
 
 def test_image_with_both_labels_is_judged_and_not_measured(judged):
