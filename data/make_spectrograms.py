@@ -321,7 +321,7 @@ def write_lists(pictures: list[Picture], images: dict[Path, list[Image]], data_d
         lines.append(f"To judge the recordings in unknown/, set in evaluate_deepfake_model.py: {settings}")
     if own:
         lines.append(merge_list(folder / "test_own.csv", OWN_COLUMNS, own, data_dir))
-        lines[-1] += f" of {len(speakers)} speakers: name it in HOLDOUT_CSVS and in CSV_FILES"
+        lines[-1] += f"; {len(speakers)} speakers are tested: name it in HOLDOUT_CSVS and in CSV_FILES"
     elif HOLDOUT_SPEAKERS and {"original", "deepfake"} <= {picture.recording.kind for picture in pictures}:
         lines.append("No list for testing: each class needs recordings in two folders (speakers) or more")
     return lines

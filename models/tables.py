@@ -387,9 +387,9 @@ def merge_list(path: Path, header: list[str], rows: list[list[str]], base: Path)
             write_file(path, format_table([names, *kept, *added], delimiter, before, encoding))
         except UnicodeEncodeError:
             raise ValueError(f"{path} is {encoding}, which lacks letters of new images: re-save it as UTF-8") from None
-        words = f"{path.name}: {len(kept):,} rows stay as they are, {len(added):,} are added"
+        follow = f" ({followed:,} name the new folder of their image)" * bool(followed)
+        words = f"{path.name}: {len(kept):,} rows stay as they are{follow}, {len(added):,} are added"
         words += f", {len(old) - len(kept):,} are removed, whose images are gone" * (len(kept) < len(old))
-        words += f"; {followed:,} name the new folder of their image" * bool(followed)
     if orphans:
         more = f" and {len(orphans) - 3:,} more" * (len(orphans) > 3)
         words += f"; {len(orphans):,} rows stay though their images are gone: {', '.join(orphans[:3])}{more}"
