@@ -24,7 +24,7 @@ import math
 import os
 import sys
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +41,16 @@ from models.detector import Detector, Score, fuse_norms, load_detector, name_ver
 from models.images import count_seconds, read_image, read_span, take_fingerprint, to_input
 from models.metrics import REPORT_ORDER, measure, measure_conditions, measure_table
 from models.runtime import Compute, Team
-from models.tables import OUTPUTS, Job, find_columns, format_csv, name_recording, read_jobs, write_predictions
+from models.tables import (
+    OUTPUTS,
+    Job,
+    find_columns,
+    format_csv,
+    list_merged_names,
+    name_recording,
+    read_jobs,
+    write_predictions,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -156,22 +165,13 @@ def choose_rows(job: Job, scores: dict[str, Score], facts: dict, report_by: tupl
             recording, label = (job.recordings or {}).get(number, name), (job.labels or {}).get(number, "")
             table.append([*cells, path, recording, name, label, scores[path].llr, scores[path].margin])
     table = pandas.DataFrame(table, columns=[*columns, *(name for name in OWN_COLUMNS if name != "is_fake")])
-    if job.recordings is None:
-        name_merged(job.name, table["path"])
-    table["is_fake"] = table["label"] == "Deepfake"
-    return table
-
-
-def name_merged(job_name: str, paths: pandas.Series) -> None:
-    """Warn where images of the same file name lie in several folders: they count as one recording."""
-    folders = defaultdict(set)
-    for path in paths:
-        folders[os.path.basename(path)].add(os.path.dirname(path))
-    if repeated := [name for name, found in folders.items() if len(found) > 1]:
+    if job.recordings is None and (repeated := list_merged_names(table["path"], table["recording"])):
         print(
-            f"Warning: {job_name}: {len(repeated):,} file names, such as {repeated[0]}, are in several folders and "
+            f"Warning: {job.name}: {len(repeated):,} file names, such as {repeated[0]}, are in several folders and "
             "count as one recording each; a column recording tells them apart"
         )
+    table["is_fake"] = table["label"] == "Deepfake"
+    return table
 
 
 def describe_recordings(

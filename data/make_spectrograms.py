@@ -47,8 +47,8 @@ from recordings import AUDIO_SUFFIXES, FOREIGN_SUFFIXES, check_soundfile, is_aud
 from resynthesis import RESYNTHESES  # noqa: E402
 
 from models import runtime, script  # noqa: E402
+from models.lists import find_used, merge_list, read_list  # noqa: E402
 from models.runtime import Rule  # noqa: E402
-from models.tables import find_used, merge_list, read_list  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
 # Settings. Relative paths start at this script's folder.
@@ -120,6 +120,10 @@ class Found(NamedTuple):
     foreign: list[str]  # a line for each file that has to be converted first
     ignored: Counter  # files that are not audio, by suffix
 
+    @property
+    def problems(self) -> list[str]:
+        return [*self.unread, *self.foreign]
+
 
 def find_recordings(folder: Path, kind: str) -> Found:
     """Find the recordings in a folder."""
@@ -185,7 +189,7 @@ def find_all(audio_dir: Path) -> tuple[list[Recording], dict[str, Found]]:
     recordings = [recording for of_kind in found.values() for recording in of_kind.recordings]
     if not recordings:
         hint = f"put genuine recordings into {audio_dir / 'original'}, fakes into {audio_dir / 'deepfake'}, "
-        lines = [line for of_kind in found.values() for line in (*of_kind.unread, *of_kind.foreign)]
+        lines = [line for of_kind in found.values() for line in of_kind.problems]
         raise ValueError("; ".join([*lines, f"no audio: {hint}and those to judge into {audio_dir / 'unknown'}"]))
     if fault := check_soundfile():
         others = sum(not recording.path.lower().endswith((".wav", ".wave")) for recording in recordings)
@@ -212,7 +216,9 @@ def make_missing(pictures: list[Picture], finished: set[Path], recipe: Recipe, s
     return tally, images
 
 
-def set_aside_strays(strays: list[tuple], found: dict[str, Found], data_dir: Path, root: str) -> list[str]:
+def set_aside_strays(
+    strays: list[tuple], recordings: list[Recording], found: dict[str, Found], data_dir: Path, root: str
+) -> list[str]:
     """Set aside the images that no recording accounts for, but for those in unknown.csv on which somebody has written.
 
     Returns:
@@ -220,7 +226,6 @@ def set_aside_strays(strays: list[tuple], found: dict[str, Found], data_dir: Pat
     """
     used = find_used(data_dir.parent / "test_data/unknown.csv", UNKNOWN_COLUMNS, data_dir)
     free = [stray for stray in strays if str(stray[0]) not in used]
-    recordings = [recording for of_kind in found.values() for recording in of_kind.recordings]
     unread = {kind for kind, of_kind in found.items() if of_kind.unread}
     lines = set_aside(free, recordings, unread, data_dir, root)
     if kept := len(strays) - len(free):
@@ -251,7 +256,7 @@ def main() -> int:
     existing = find_existing(data_dir, pictures, recipe.list_settings)
     if not share.rank:
         share.forget_dead()
-        lines = set_aside_strays(existing.strays, found, data_dir, root)
+        lines = set_aside_strays(existing.strays, recordings, found, data_dir, root)
     tally, images = make_missing(possible, existing.finished, recipe, share)
     if share.size > 1 and not share.rank:
         tally.failed += share.wait(lambda: count_missing(data_dir, possible, recipe, share), tally)
@@ -271,7 +276,7 @@ def main() -> int:
     if lacking:
         tally.failed.append(f"condition {', '.join(lacking)}, whose codecs need it: {check_soundfile()}")
     for of_kind in found.values():
-        tally.failed += [*of_kind.unread, *of_kind.foreign]
+        tally.failed += of_kind.problems
     for problem in tally.failed:
         runtime.leave_out(problem)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from models import runtime
 from models.detector import CLASSES
 from models.pixel_cache import PixelCache
 from models.runtime import Team
-from models.tables import find_columns, name_recording, parse_table, resolve_image, unify_spelling
+from models.tables import find_columns, list_merged_names, name_recording, parse_table, resolve_image, unify_spelling
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MIN_SOURCES = 5  # with fewer, holding out whole ones for validation would cost training too much
@@ -276,10 +276,7 @@ def report_names(paths: list[str], recordings: list[str], fingerprints: list[int
     """Print how recordings are named, which file names repeat in several folders, and which images are identical."""
     names = sorted(set(recordings))
     print(f"Recordings are named like: {', '.join(names[:: max(1, len(names) // 3)][:3])}")
-    folders = defaultdict(set)
-    for path, recording in zip(paths, recordings):
-        folders[os.path.basename(path), recording].add(os.path.dirname(path))
-    if repeated := [name for name, _ in folders if len(folders[name, _]) > 1]:
+    if repeated := list_merged_names(paths, recordings):
         print(
             f"Warning: {len(repeated):,} file names, such as {repeated[0]}, are in several folders and count as one "
             f'recording each; RECORDING_PATTERN = r"{FOLDER_PATTERN}" takes the folder in'
